@@ -1,0 +1,94 @@
+"""The pieces both the vision tower and Gemma are built of.
+
+Every layer computes in the dtype of what it is given and casts its parameters to that, so that the
+same code runs float64, float32, bfloat16, and bfloat16 over float32 master weights.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from pruner_spec.sequence import MASKED_LOGIT
+
+LAYER_NORM_EPSILON = 1e-6
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype for what bfloat16 is too coarse for: float32, or float64 in a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def constant(
+    table: Callable[[int, str], Any], size: int, dtype: jnp.dtype, device: Any = None
+) -> Float[Array, "size"]:
+    """A table of the spec, `table(size, dtype's name)`, as an array."""
+    return jnp.asarray(table(size, jnp.dtype(dtype).name), device=device)
+
+
+def stack(make: Callable[[], Module], layers: int) -> Module:
+    """`layers` modules of one kind in one, their parameters stacked on the first axis."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    stacked = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), state)
+    return nnx.merge(graph, stacked)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel + bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True) -> None:
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with scale and bias, computed in `wide` precision."""
+
+    def __init__(self, width: int) -> None:
+        self.scale = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        dtype = wide(x.dtype)
+        scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
+        centred = x.astype(dtype) - x.astype(dtype).mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+        return (normed * scale + bias).astype(x.dtype)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU in its tanh approximation."""
+    return nnx.gelu(x, approximate=True)
+
+
+def attend(
+    query: Float[Array, "B S K H"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    mask: Bool[Array, "B S T"] | None = None,
+) -> Float[Array, "B S K*H"]:
+    """Softmax attention of queries that are scaled already; K is a multiple of G.
+
+    Logits and softmax are in `wide` precision. What a row with nothing to attend to gets is
+    finite, and undefined.
+    """
+    batch, length, heads, head_dim = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
+    logits = jnp.einsum(
+        "bsgkh,btgh->bgkst", grouped, key, preferred_element_type=wide(query.dtype)
+    )
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bgkst,btgh->bsgkh", weights, value)
+    return attended.reshape(batch, length, heads * head_dim)

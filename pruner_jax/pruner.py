@@ -1,0 +1,461 @@
+"""LightVLA's token pruner; `pruner_spec.pruner` is its definition, with the paper's equations.
+
+Selection is compiled apart from its checks: functions that a user calls raise on scores that are
+not finite; the model's own path never waits for the device, and reports them instead.
+
+Dimension letters: B batch, N patches, M patches after pruning, T task tokens, D width.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pruner_jax.layers import wide
+from pruner_spec.pruner import RMS_EPSILON, NonFiniteScoresError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which patches are kept at inference.
+
+    Attributes:
+        kept: bool [B, N].
+        nonfinite: int [B], scores of valid patches that are not finite. They were not counted as
+            votes; where there are any, the selection means nothing.
+    """
+
+    kept: Bool[Array, "B N"]
+    nonfinite: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrunedPatches:
+    """Patches after pruning, in training (M = N) or packed at inference (M the capacity).
+
+    Attributes:
+        tokens: [B, M, D].
+        index: int [B, M], where each stood among the N; it keeps that patch's position.
+        valid: bool [B, M]; the others are padding.
+    """
+
+    tokens: Float[Array, "B M D"]
+    index: Int[Array, "B M"]
+    valid: Bool[Array, "B M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrunedSequence:
+    """LightVLA's `[cls, patches, task]` sequence after pruning, with M patches left.
+
+    Attributes:
+        tokens: [B, 1 + M + T, D].
+        position_ids: int [B, 1 + M + T]; what is kept keeps its position.
+        attention_mask: bool [B, 1 + M + T], False for padding.
+    """
+
+    tokens: Float[Array, "B S D"]
+    position_ids: Int[Array, "B S"]
+    attention_mask: Bool[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What shows that a selection has collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
+
+    top_votes: Int[Array, "B"]
+    top_votes_share: Float[Array, "B"]
+    score_gap: Float[Array, "B"]
+    patches_spread: Float[Array, "B"]
+    patches_normalized_spread: Float[Array, "B"]
+    task_spread: Float[Array, "B"]
+    task_normalized_spread: Float[Array, "B"]
+    queries_spread: Float[Array, "B"]
+    queries_normalized_spread: Float[Array, "B"]
+
+
+def rms_normalize(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """x over its root mean square, in `wide` precision; no learned scale."""
+    x = x.astype(wide(x.dtype))
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + RMS_EPSILON)
+
+
+def task_queries(
+    patches: Float[Array, "B N D"],
+    task: Float[Array, "B T D"],
+    task_mask: Bool[Array, "B T"],
+) -> Float[Array, "B N D"]:
+    """q = softmax(p·tᵀ/√D)·t over the valid task tokens; 0 where a sample has none."""
+    p, t = rms_normalize(patches), rms_normalize(task)
+    logits = _product("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
+    return _product("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
+
+
+def importance_score(
+    patches: Float[Array, "B N D"],
+    task: Float[Array, "B T D"],
+    task_mask: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B N N"]:
+    """score = rms(q)·pᵀ/√D in `wide` precision; row i holds what patch i thinks of every patch.
+
+    A sample without a valid task token scores √D for every patch with itself, and 0 elsewhere.
+    """
+    task_mask = _all_true(task) if task_mask is None else task_mask
+    width, count = patches.shape[-1], patches.shape[1]
+    queries = rms_normalize(task_queries(patches, task, task_mask))
+    scores = _product("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
+    each_its_own = jnp.eye(count, dtype=scores.dtype) * math.sqrt(width)
+    return jnp.where(task_mask.any(axis=-1)[:, None, None], scores, each_its_own)
+
+
+def select_hard(
+    scores: Float[Array, "B N N"],
+    patch_mask: Bool[Array, "B N"] | None = None,
+    keep_tokens: int | Int[Array, "B"] | None = None,
+    min_keep: int = 1,
+) -> Bool[Array, "B N"]:
+    """Which patches are kept at inference.
+
+    Args:
+        scores: from `importance_score`.
+        patch_mask: valid patches; None for all.
+        keep_tokens: how many to keep; None for the union of votes, at least `min_keep`.
+        min_keep: what a smaller union is filled up to.
+
+    Raises:
+        NonFiniteScoresError: a score of a valid patch for a valid patch is not finite. Not when
+            compiled, where such scores cast no vote.
+    """
+    selection = _select(scores, patch_mask, keep_tokens, min_keep)
+    _check_finite(selection.nonfinite, scores)
+    return selection.kept
+
+
+def select_straight_through(
+    scores: Float[Array, "B N N"],
+    patch_mask: Bool[Array, "B N"] | None = None,
+    noise: Float[Array, "B N N"] | None = None,
+) -> Float[Array, "B N N"]:
+    """One-hot rows at the patches voted for, exactly, with the softmax's gradient.
+
+    Args:
+        scores: from `importance_score`.
+        patch_mask: valid patches; None for all. Rows of the others are 0.
+        noise: added to the scores: uniform in [0, 1) times the noise scale.
+
+    Raises:
+        NonFiniteScoresError: as `select_hard`; compiled, the weights are NaN instead.
+    """
+    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    _check_finite(_count_nonfinite(scores, patch_mask), scores)
+    return _straight_through(scores, patch_mask, noise)
+
+
+def pack(
+    patches: Float[Array, "B N D"], selection: Selection, capacity: int
+) -> PrunedPatches:
+    """The kept patches in their order, then padding, at a static length.
+
+    Patches of a sample whose scores were not finite become NaN, as its actions would without
+    pruning: a broken input must not turn into confident actions.
+
+    Args:
+        patches: what was selected from.
+        selection: at most `capacity` kept a sample.
+        capacity: M, at most N.
+    """
+    count = patches.shape[1]
+    place = jnp.arange(count)
+    place_last = jnp.where(selection.kept, place, count + place)
+    index = jnp.argsort(place_last, axis=-1)[:, :capacity]
+    tokens = jnp.take_along_axis(patches, index[:, :, None], axis=1)
+    broken = (selection.nonfinite > 0)[:, None, None]
+    return PrunedPatches(
+        tokens=jnp.where(broken, jnp.nan, tokens),
+        index=index,
+        valid=jnp.take_along_axis(selection.kept, index, axis=1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenPruner:
+    """The pruner on image patches and language tokens that come apart.
+
+    Attributes:
+        keep_tokens: how many patches to keep; None for the union of votes.
+        min_keep: what a smaller union is filled up to.
+    """
+
+    keep_tokens: int | None = None
+    min_keep: int = 1
+
+    def __call__(
+        self,
+        patches: Float[Array, "B N D"],
+        task: Float[Array, "B T D"],
+        task_mask: Bool[Array, "B T"] | None = None,
+        patch_mask: Bool[Array, "B N"] | None = None,
+        noise: Float[Array, "B N N"] | None = None,
+        train: bool = False,
+        capacity: int | None = None,
+    ) -> PrunedPatches:
+        """Softly selected patches in training, hard and packed ones otherwise.
+
+        Args:
+            patches: image tokens.
+            task: language tokens.
+            task_mask: valid language tokens; None for all.
+            patch_mask: valid patches; None for all.
+            noise: in training, added to the scores.
+            train: soft selection, with gradients to the scores.
+            capacity: M, patches after pruning at inference. None: `keep_tokens`, or else N.
+        """
+        if train:
+            return self.relax(patches, task, task_mask, patch_mask, noise)
+        if capacity is None:
+            capacity = patches.shape[1] if self.keep_tokens is None else self.keep_tokens
+        return pack(patches, self.select(patches, task, task_mask, patch_mask), capacity)
+
+    def select(
+        self,
+        patches: Float[Array, "B N D"],
+        task: Float[Array, "B T D"],
+        task_mask: Bool[Array, "B T"] | None = None,
+        patch_mask: Bool[Array, "B N"] | None = None,
+        budget: Int[Array, "B"] | None = None,
+    ) -> Selection:
+        """The hard selection; `budget` a sample takes the place of `keep_tokens`."""
+        scores = importance_score(patches, task, task_mask)
+        keep_tokens = self.keep_tokens if budget is None else budget
+        return _select(scores, patch_mask, keep_tokens, self.min_keep)
+
+    def relax(
+        self,
+        patches: Float[Array, "B N D"],
+        task: Float[Array, "B T D"],
+        task_mask: Bool[Array, "B T"] | None = None,
+        patch_mask: Bool[Array, "B N"] | None = None,
+        noise: Float[Array, "B N N"] | None = None,
+    ) -> PrunedPatches:
+        """The straight-through selection: row i is the patch that patch i votes for."""
+        patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+        scores = importance_score(patches, task, task_mask)
+        weights = _straight_through(scores, patch_mask, noise)
+        # In `wide` precision, so that the scores' gradient is not rounded to bfloat16.
+        tokens = _product("bnm,bmd->bnd", weights, patches.astype(weights.dtype))
+        return PrunedPatches(
+            tokens=tokens.astype(patches.dtype), index=weights.argmax(axis=-1), valid=patch_mask
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPruner:
+    """LightVLA's own module, on one sequence `[cls, patches, task]`, at any batch size.
+
+    Attributes:
+        num_patches: N.
+        keep_tokens: how many patches to keep; None for the union of votes.
+        min_keep: what a smaller union is filled up to.
+    """
+
+    num_patches: int
+    keep_tokens: int | None = None
+    min_keep: int = 1
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B 1+N+T D"],
+        position_ids: Int[Array, "B 1+N+T"] | None = None,
+        attention_mask: Bool[Array, "B 1+N+T"] | None = None,
+        noise: Float[Array, "B N N"] | None = None,
+        train: bool = False,
+        capacity: int | None = None,
+    ) -> PrunedSequence:
+        """The sequence with its patches pruned.
+
+        Args:
+            tokens: one class token, the patches, the task's tokens.
+            position_ids: None for 0, 1, 2 ...
+            attention_mask: valid tokens; None for all.
+            noise: in training, added to the scores.
+            train: soft selection; the length stays.
+            capacity: M, patches after pruning at inference. None: what the fullest sample keeps,
+                which asks the device, or N when compiled.
+        """
+        batch, length = tokens.shape[:2]
+        if position_ids is None:
+            position_ids = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        attention_mask = (
+            _all_true(tokens) if attention_mask is None else attention_mask.astype(bool)
+        )
+        ends = [1, 1 + self.num_patches]
+        cls, patches, task = jnp.split(tokens, ends, axis=1)
+        cls_position, patch_position, task_position = jnp.split(position_ids, ends, axis=1)
+        cls_mask, patch_mask, task_mask = jnp.split(attention_mask, ends, axis=1)
+        image_pruner = ImageTokenPruner(self.keep_tokens, self.min_keep)
+        if train:
+            pruned = image_pruner.relax(patches, task, task_mask, patch_mask, noise)
+        else:
+            selection = image_pruner.select(patches, task, task_mask, patch_mask)
+            if capacity is None:
+                capacity = most_kept(selection, patches.shape[1])
+            pruned = pack(patches, selection, capacity)
+        position = jnp.take_along_axis(patch_position, pruned.index, axis=1)
+        return PrunedSequence(
+            tokens=jnp.concatenate([cls, pruned.tokens, task], axis=1),
+            position_ids=jnp.concatenate([cls_position, position, task_position], axis=1),
+            attention_mask=jnp.concatenate([cls_mask, pruned.valid, task_mask], axis=1),
+        )
+
+
+def most_kept(selection: Selection, limit: int) -> int:
+    """Patches kept in the fullest sample: the one integer read from the device; traced, `limit`.
+
+    Raises:
+        NonFiniteScoresError: the scores were not finite.
+    """
+    if isinstance(selection.kept, jax.core.Tracer):
+        return limit
+    facts = jnp.stack([selection.kept.sum(axis=-1).max(), selection.nonfinite.sum()])
+    most, nonfinite = facts.tolist()
+    if nonfinite:
+        raise NonFiniteScoresError(nonfinite, tuple(selection.kept.shape))
+    return most
+
+
+def diagnose(
+    patches: Float[Array, "B N D"],
+    task: Float[Array, "B T D"],
+    task_mask: Bool[Array, "B T"] | None = None,
+    patch_mask: Bool[Array, "B N"] | None = None,
+) -> Diagnostics:
+    """The diagnostics of a selection by these patches and this task, in `wide` precision."""
+    patches, task = (x.astype(wide(x.dtype)) for x in (patches, task))
+    task_mask = _all_true(task) if task_mask is None else task_mask
+    patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+    scores = importance_score(patches, task, task_mask)
+    queries = task_queries(patches, task, task_mask)
+    top_votes = _vote(scores, patch_mask).votes.max(axis=-1).clip(min=0)
+    return Diagnostics(
+        top_votes=top_votes,
+        top_votes_share=top_votes.astype(scores.dtype) / patch_mask.sum(axis=-1).clip(min=1),
+        score_gap=_mean_gap(scores, patch_mask),
+        patches_spread=spread(patches, patch_mask),
+        patches_normalized_spread=spread(rms_normalize(patches), patch_mask),
+        task_spread=spread(task, task_mask),
+        task_normalized_spread=spread(rms_normalize(task), task_mask),
+        queries_spread=spread(queries, patch_mask),
+        queries_normalized_spread=spread(rms_normalize(queries), patch_mask),
+    )
+
+
+def spread(tokens: Float[Array, "B N D"], mask: Bool[Array, "B N"]) -> Float[Array, "B"]:
+    """Root mean square distance of the valid tokens from their mean, over their rms norm."""
+    weight = mask[:, :, None].astype(tokens.dtype)
+    count = weight.sum(axis=1, keepdims=True).clip(min=1)
+    mean = (tokens * weight).sum(axis=1, keepdims=True) / count
+    distance = (jnp.square(tokens - mean) * weight).sum(axis=(1, 2))
+    norm = (jnp.square(tokens) * weight).sum(axis=(1, 2))
+    return jnp.sqrt(distance / jnp.where(norm > 0, norm, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ballot:
+    """How the patches voted, as in `pruner_spec.pruner.Ballot`."""
+
+    votes: Int[Array, "B N"]
+    best: Float[Array, "B N"]
+
+
+def _vote(scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]) -> _Ballot:
+    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
+
+    A row without a finite score casts no vote.
+    """
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & jnp.isfinite(scores)
+    eligible = jnp.where(counted, scores, -jnp.inf)
+    choice = eligible.argmax(axis=-1)
+    ballots = jax.nn.one_hot(choice, scores.shape[-1], dtype=jnp.int32)
+    votes = (ballots * counted.any(axis=-1)[:, :, None]).sum(axis=1)
+    return _Ballot(votes=jnp.where(patch_mask, votes, -1), best=eligible.max(axis=1))
+
+
+def _select(
+    scores: Float[Array, "B N N"],
+    patch_mask: Bool[Array, "B N"] | None,
+    keep_tokens: int | Int[Array, "B"] | None,
+    min_keep: int,
+) -> Selection:
+    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    ballot = _vote(scores, patch_mask)
+    elected = (ballot.votes > 0).sum(axis=-1, keepdims=True)
+    seats = elected.clip(min=min_keep) if keep_tokens is None else keep_tokens
+    if not isinstance(keep_tokens, int | None):
+        seats = keep_tokens[:, None]
+    # lexsort is stable and its last key is the first to count.
+    rank = jnp.lexsort((-ballot.best, -ballot.votes), axis=-1).argsort(axis=-1)
+    return Selection(
+        kept=(rank < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
+    )
+
+
+def _straight_through(
+    scores: Float[Array, "B N N"],
+    patch_mask: Bool[Array, "B N"],
+    noise: Float[Array, "B N N"] | None,
+) -> Float[Array, "B N N"]:
+    scores = scores if noise is None else scores + noise.astype(scores.dtype)
+    eligible = jnp.where(patch_mask[:, None, :], scores, jnp.finfo(scores.dtype).min)
+    soft = jax.nn.softmax(eligible, axis=-1)
+    hard = jax.nn.one_hot(eligible.argmax(axis=-1), scores.shape[-1], dtype=scores.dtype)
+    return (hard + (soft - jax.lax.stop_gradient(soft))) * patch_mask[:, :, None]
+
+
+def _count_nonfinite(
+    scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]
+) -> Int[Array, "B"]:
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :]
+    return (counted & ~jnp.isfinite(scores)).sum(axis=(1, 2))
+
+
+def _check_finite(nonfinite: Int[Array, "B"], scores: Float[Array, "B N N"]) -> None:
+    if isinstance(nonfinite, jax.core.Tracer):
+        return
+    if count := int(nonfinite.sum()):
+        raise NonFiniteScoresError(count, tuple(scores.shape))
+
+
+def _mean_gap(
+    scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]
+) -> Float[Array, "B"]:
+    """Mean over valid rows of the first minus the second score; 0 where only one is valid."""
+    if scores.shape[-1] == 1:
+        return jnp.zeros(scores.shape[0], scores.dtype)
+    eligible = jnp.where(patch_mask[:, None, :], scores, -jnp.inf)
+    first, second = jnp.moveaxis(jax.lax.top_k(eligible, 2)[0], -1, 0)
+    counted = patch_mask & (patch_mask.sum(axis=-1, keepdims=True) > 1)
+    gap = jnp.where(counted, first, 0.0) - jnp.where(counted, second, 0.0)
+    return gap.sum(axis=-1) / counted.sum(axis=-1).clip(min=1)
+
+
+def _masked_softmax(
+    logits: Float[Array, "B N T"], mask: Bool[Array, "B 1 T"]
+) -> Float[Array, "B N T"]:
+    """Softmax over the last axis within the mask; 0 outside it, and where nothing is within."""
+    within = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    return jnp.where(mask, jax.nn.softmax(within, axis=-1), 0.0)
+
+
+def _all_true(x: Float[Array, "B N _"]) -> Bool[Array, "B N"]:
+    return jnp.ones(x.shape[:2], dtype=bool)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    """An einsum at full precision, whatever the device's default is for float32."""
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)

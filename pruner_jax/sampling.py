@@ -1,0 +1,166 @@
+"""From an observation to actions, at inference.
+
+What the host must know to choose static shapes is settled before anything is computed: which
+cameras are there and how long the prompts are. The implicit selection is the one thing that only
+the device knows; it costs one read of an integer a call, between two compiled functions. A budget
+costs none.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pruner_jax.gemma import KVCache
+from pruner_jax.pruner import Selection, diagnose, most_kept
+from pruner_spec.buckets import PATCH_BUCKETS, bucket
+from pruner_spec.config import CAMERAS
+from pruner_spec.flow import euler_step, euler_times
+from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
+from pruner_spec.stats import kept_counts
+
+if TYPE_CHECKING:
+    from pruner_jax.pi0 import Encoded, Pi0, Prefix
+
+
+def sample_actions(
+    model: "Pi0",
+    observation: Observation,
+    noise: Float[Array, "B H A"],
+    num_steps: int = 10,
+) -> Float[Array, "B H A"]:
+    """Actions, denoised from the noise by `num_steps` Euler steps.
+
+    Cameras that no sample has are not encoded, and prompt padding beyond the bucket of the longest
+    prompt is dropped; neither changes the result. A sample's actions do not depend on the others.
+
+    Compiles itself, once for every plan and bucket. It may also be called under `jax.jit`: all
+    shapes are then the largest there can be.
+
+    Args:
+        model: its config says whether and how patches are pruned.
+        observation: of NumPy or JAX arrays. Masks that are NumPy arrays cost no transfer.
+        noise: standard normal.
+        num_steps: Euler steps from time 1 to 0.
+
+    Raises:
+        ValueError: an argument does not fit the config.
+        NonFiniteScoresError: the implicit selection met scores that are not finite. With a budget
+            the sample's actions are NaN, as they would be without pruning.
+    """
+    check_actions("noise", noise, observation.batch_size, model.config)
+    plan = plan_of(observation)
+    observation = model.prepare(observation)
+    noise = jnp.asarray(noise).astype(observation.state.dtype)
+    graph, weights = nnx.split(model)
+    encoded, selection = _encode(graph, weights, observation, plan)
+    if model.token_pruning_enabled and not isinstance(noise, jax.core.Tracer):
+        model.record.last = (plan.cameras, encoded, selection)
+    room = capacity(model, encoded, selection)
+    return _act(graph, weights, encoded, selection, observation.state, noise, room, num_steps)
+
+
+def plan_of(observation: Observation) -> EncodingPlan:
+    """Which cameras and how much of the prompt to encode; when traced, all."""
+    masks = [observation.image_masks[camera] for camera in CAMERAS]
+    if any(isinstance(x, jax.core.Tracer) for x in (*masks, observation.tokenized_prompt_mask)):
+        return EncodingPlan(CAMERAS, observation.tokenized_prompt.shape[1])
+    masks, prompt_mask = jax.device_get((masks, observation.tokenized_prompt_mask))
+    return plan_encoding(np.stack(masks, axis=1), prompt_mask)
+
+
+def prune(
+    model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None
+) -> "Prefix":
+    """The prefix at inference, packed to `capacity`; None where the config does not prune."""
+    if capacity is None:
+        return model.assemble(encoded)
+    return model.prune(encoded, selection, capacity)
+
+
+def capacity(model: "Pi0", encoded: "Encoded", selection: Selection) -> int | None:
+    """M, the static number of patches after pruning, for a batch; None for all as they stand."""
+    if not model.config.prunes_at_inference:
+        return None
+    cameras, patches = encoded.patches.shape[1:3]
+    if model.config.keep_budget is not None:
+        return model.config.keep_budget * cameras
+    limit = cameras * patches
+    return bucket(most_kept(selection, limit), PATCH_BUCKETS, limit)
+
+
+def denoise(
+    model: "Pi0",
+    prefix: "Prefix",
+    cache: KVCache,
+    state: Float[Array, "B A"],
+    noise: Float[Array, "B H A"],
+    num_steps: int,
+) -> Float[Array, "B H A"]:
+    """Euler steps from the noise at time 1 to the actions at time 0."""
+    step = float(euler_step(num_steps))
+
+    def advance(x: Float[Array, "B H A"], moment: Float[Array, ""]) -> tuple[Array, None]:
+        time = jnp.full(x.shape[0], moment, x.dtype)
+        return x + step * model.velocity(prefix, cache, state, x, time), None
+
+    x, _ = jax.lax.scan(advance, noise, jnp.asarray(euler_times(num_steps)))
+    return x
+
+
+def stats(model: "Pi0") -> dict[str, Any]:
+    """How the last sampled batch was pruned.
+
+    Returns:
+        enabled: whether the config prunes.
+        noise_scale: of the training noise.
+        and, after a batch was sampled with pruning enabled: kept_per_sample, kept_per_camera,
+        nonfinite_scores, and diagnostics, `pruner.Diagnostics` as lists: [B][C] in the camera
+        scope, [B][1] in the joint one.
+    """
+    result: dict[str, Any] = {
+        "enabled": model.token_pruning_enabled,
+        "noise_scale": model.token_pruner_noise_scale,
+    }
+    if model.record.last is None:
+        return result
+    cameras, encoded, selection = model.record.last
+    batch, _, patches = encoded.patches.shape[:3]
+    kept = np.asarray(selection.kept).reshape(batch, -1, patches)
+    found = jax.jit(diagnose)(*model.pools(encoded))
+    by_pool = {
+        field.name: getattr(found, field.name).reshape(batch, -1).tolist()
+        for field in dataclasses.fields(found)
+    }
+    nonfinite = np.asarray(selection.nonfinite)
+    return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _encode(
+    graph: Any, weights: Any, observation: Observation, plan: EncodingPlan
+) -> "tuple[Encoded, Selection]":
+    model = nnx.merge(graph, weights)
+    encoded = model.encode(observation, plan.cameras, plan.prompt_length)
+    return encoded, model.select(encoded)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def _act(
+    graph: Any,
+    weights: Any,
+    encoded: "Encoded",
+    selection: Selection,
+    state: Float[Array, "B A"],
+    noise: Float[Array, "B H A"],
+    capacity: int | None,
+    num_steps: int,
+) -> Float[Array, "B H A"]:
+    model = nnx.merge(graph, weights)
+    prefix = prune(model, encoded, selection, capacity)
+    return denoise(model, prefix, model.prefill(prefix), state, noise, num_steps)

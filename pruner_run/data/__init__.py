@@ -1,0 +1,1 @@
+"""Datasets on disk: reading and writing the LeRobot format, without lerobot."""

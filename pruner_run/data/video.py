@@ -1,0 +1,125 @@
+"""Frames in and out of mp4 files, with PyAV alone (it brings its own FFmpeg).
+
+Nothing is kept open between two reads, so that readers can be pickled, forked and threaded.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+os.environ.setdefault("SVT_LOG", "1")  # errors only; the AV1 encoder greets on stderr otherwise
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How frames are compressed. The defaults are LeRobot's.
+
+    Attributes:
+        codec: FFmpeg's name of the encoder, "libsvtav1" or "libx264".
+        gop: Frames from one key frame to the next. A random read decodes up to that many.
+        crf: Constant rate factor: higher is smaller and worse.
+        pixel_format: "yuv420p" halves the colour's resolution; height and width must be even.
+    """
+
+    codec: str = "libsvtav1"
+    gop: int = 2
+    crf: int = 30
+    pixel_format: str = "yuv420p"
+
+    def info(self, shape: tuple[int, ...], fps: int) -> dict[str, Any]:
+        """What LeRobot's info.json says of a video of shape [H, W, 3]."""
+        return {
+            "video.height": shape[0],
+            "video.width": shape[1],
+            "video.codec": {"libsvtav1": "av1", "libx264": "h264"}.get(self.codec, self.codec),
+            "video.pix_fmt": self.pixel_format,
+            "video.is_depth_map": False,
+            "video.fps": fps,
+            "video.channels": 3,
+            "has_audio": False,
+        }
+
+
+LEROBOT_ENCODING = Encoding()
+
+
+class VideoWriter:
+    """An mp4 file being written, frame after frame."""
+
+    def __init__(self, path: Path, *, fps: int, height: int, width: int, encoding: Encoding):
+        if height % 2 or width % 2:
+            raise ValueError(f"{path}: expected even height and width, got {height}x{width}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"g": str(encoding.gop), "crf": str(encoding.crf)}
+        self._container = av.open(str(path), "w")
+        self._stream = self._container.add_stream(encoding.codec, rate=fps, options=options)
+        self._stream.height, self._stream.width = height, width
+        self._stream.pix_fmt = encoding.pixel_format
+        self.frames = 0
+        self.bytes = 0
+
+    def add(self, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Appends one RGB frame."""
+        self._mux(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
+        self.frames += 1
+
+    def close(self) -> None:
+        """Writes what the encoder still holds, and the file's index."""
+        self._mux(None)
+        self._container.close()
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        for packet in self._stream.encode(frame):
+            self.bytes += packet.size
+            self._container.mux(packet)
+
+
+def read_frames(
+    path: Path, *, start: float, count: int, fps: float
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """Consecutive frames of a video.
+
+    Args:
+        path: An mp4 file.
+        start: Time of the first frame, seconds.
+        count: How many frames.
+        fps: Frames a second; every frame has to lie within a quarter of a frame of its time.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no video, or has no frame at one of the times.
+    """
+    images = []
+    try:
+        for time, frame in _decode_from(path, start):
+            wanted = start + len(images) / fps
+            if time < wanted - 0.25 / fps:
+                continue  # between the key frame and the first one wanted
+            if time > wanted + 0.25 / fps:
+                raise ValueError(f"{path}: expected a frame at {wanted:.4f} s, found {time:.4f} s")
+            images.append(frame.to_ndarray(format="rgb24"))
+            if len(images) == count:
+                return np.stack(images)
+    except av.FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected a video, found no file") from None
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: expected a video, found what FFmpeg cannot read") from error
+    raise ValueError(f"{path}: expected {count} frames from {start:.4f} s, found {len(images)}")
+
+
+def _decode_from(path: Path, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames and their times, from the last key frame at or before a time."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{path}: expected a video stream, found none")
+        stream = container.streams.video[0]
+        # the tenth of a millisecond is for a key frame that lies at `start` but for rounding
+        container.seek(round((start + 1e-4) / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            yield float(frame.pts * stream.time_base), frame

@@ -1,0 +1,68 @@
+"""Flow matching's clock: the Euler schedule, the time embedding, and the pruner's noise schedule."""
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+
+
+def euler_times(num_steps: int) -> Float32[np.ndarray, "steps"]:
+    """The times at which the velocity is evaluated, from 1 towards 0.
+
+    Time is accumulated in float32, as openpi does: in float64 it drifts from openpi's by enough to
+    move the actions by 3.5e-5.
+
+    Raises:
+        ValueError: `num_steps` is not a positive integer.
+    """
+    dt = euler_step(num_steps)
+    times = []
+    time = np.float32(1.0)
+    while time >= -dt / 2:
+        times.append(time)
+        time = time + dt
+    return np.array(times, dtype=np.float32)
+
+
+def euler_step(num_steps: int) -> np.float32:
+    """dt, negative: time runs from 1, where there is only noise, to 0."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
+    return np.float32(-1.0 / num_steps)
+
+
+def time_frequencies(width: int, dtype: str = "float32") -> Float[np.ndarray, "half_width"]:
+    """Angular frequencies 2π/period of the time embedding, from fast to slow.
+
+    In float32 every operation is rounded as openpi rounds it: the fastest period makes angles of
+    1570 radians, where one rounding more or less shows in the fourth digit of the sine.
+
+    Args:
+        width: width W of the embedding, even.
+        dtype: "float32" or "float64", that of the angles.
+    """
+    one = np.dtype(dtype).type
+    fraction = np.linspace(0.0, 1.0, width // 2, dtype=dtype)
+    period = one(MIN_PERIOD) * one(MAX_PERIOD / MIN_PERIOD) ** fraction
+    return one(1.0) / period * one(2 * math.pi)
+
+
+def time_embedding(
+    time: Float[np.ndarray, "B"], width: int, dtype: str = "float32"
+) -> Float[np.ndarray, "B W"]:
+    """Sines, then cosines, of the time's angles. The reference for the backends' own."""
+    angles = time.astype(dtype)[:, None] * time_frequencies(width, dtype)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+def pruner_noise_scale(step: int, num_train_steps: int) -> float:
+    """LightVLA's schedule of the noise on the scores: linear from 1 to 0 over training.
+
+    Raises:
+        ValueError: `step` is not within 0..num_train_steps.
+    """
+    if not 0 <= step <= num_train_steps or num_train_steps < 1:
+        raise ValueError(f"step: expected 0 <= step <= {num_train_steps}, got {step}")
+    return 1.0 - step / num_train_steps

@@ -1,0 +1,187 @@
+"""The model's input, checked once, where it enters.
+
+`Observation` holds NumPy, JAX or PyTorch arrays alike: only shapes and dtypes are looked at, so
+that checking costs no transfer and works on abstract values under `jax.jit`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Bool
+
+from pruner_spec.buckets import PROMPT_BUCKETS, bucket
+from pruner_spec.config import CAMERAS, IMAGE_SIZE, Pi0Config
+from pruner_spec.images import resize_with_pad
+
+Array = Any  # of NumPy, JAX or PyTorch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a robot sees and is told.
+
+    Attributes:
+        images: a camera each, in the order of `CAMERAS`; float [B, 224, 224, 3] in [-1, 1].
+        image_masks: bool [B] a camera; False where the camera is missing (its image is black).
+        state: float [B, A], zero-padded.
+        tokenized_prompt: integer [B, L], padded with 0.
+        tokenized_prompt_mask: bool [B, L], True for the prompt's own tokens.
+
+    Raises:
+        ValueError: an array is missing, or its shape or dtype is not the expected one.
+    """
+
+    images: Mapping[str, Array]
+    image_masks: Mapping[str, Array]
+    state: Array
+    tokenized_prompt: Array
+    tokenized_prompt_mask: Array
+
+    def __post_init__(self) -> None:
+        for name in ("images", "image_masks"):
+            given = getattr(self, name)
+            if set(given) != set(CAMERAS):
+                raise ValueError(f"{name}: expected the cameras {list(CAMERAS)}, got {list(given)}")
+            object.__setattr__(self, name, {camera: given[camera] for camera in CAMERAS})
+        batch = _shape("state", self.state, (None, None))[0]
+        for camera in CAMERAS:
+            image, mask = self.images[camera], self.image_masks[camera]
+            _shape(f"images[{camera!r}]", image, (batch, IMAGE_SIZE, IMAGE_SIZE, 3))
+            _dtype(f"images[{camera!r}]", image, "float")
+            _shape(f"image_masks[{camera!r}]", mask, (batch,))
+            _dtype(f"image_masks[{camera!r}]", mask, "bool")
+        _dtype("state", self.state, "float")
+        length = _shape("tokenized_prompt", self.tokenized_prompt, (batch, None))[1]
+        _dtype("tokenized_prompt", self.tokenized_prompt, "int")
+        _shape("tokenized_prompt_mask", self.tokenized_prompt_mask, (batch, length))
+        _dtype("tokenized_prompt_mask", self.tokenized_prompt_mask, "bool")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """From openpi's dictionary, `{"image", "image_mask", "state", "tokenized_prompt", ...}`.
+
+        Takes NumPy arrays of one batch. Images may be uint8 (x becomes x / 255 * 2 - 1) and of any
+        size: others than 224x224 are resized with their aspect kept, and padded. A camera without
+        an entry in "image_mask" is there; a camera without an image is not.
+
+        Raises:
+            ValueError: a key is missing or unknown, or an array does not fit.
+        """
+        required = ("image", "state", "tokenized_prompt", "tokenized_prompt_mask")
+        if missing := [key for key in required if key not in data]:
+            raise ValueError(f"observation: expected the keys {list(required)}, missing {missing}")
+        masks = data.get("image_mask", {})
+        if unknown := (set(data["image"]) | set(masks)) - set(CAMERAS):
+            raise ValueError(f"image: expected cameras of {list(CAMERAS)}, got {sorted(unknown)}")
+        batch = len(data["state"])
+        black = np.full((batch, IMAGE_SIZE, IMAGE_SIZE, 3), -1.0, dtype=np.float32)
+        images = {
+            camera: _as_model_image(camera, data["image"][camera])
+            if camera in data["image"]
+            else black
+            for camera in CAMERAS
+        }
+        present = {
+            camera: np.asarray(
+                masks.get(camera, np.full(batch, camera in data["image"])), dtype=bool
+            )
+            & (camera in data["image"])
+            for camera in CAMERAS
+        }
+        return cls(
+            images=images,
+            image_masks=present,
+            state=np.asarray(data["state"]),
+            tokenized_prompt=np.asarray(data["tokenized_prompt"]),
+            tokenized_prompt_mask=np.asarray(data["tokenized_prompt_mask"]),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.state.shape[0]
+
+    def map(self, function: Callable[[Array], Array]) -> Self:
+        """The same observation with `function` applied to every array."""
+        return dataclasses.replace(
+            self,
+            images={camera: function(image) for camera, image in self.images.items()},
+            image_masks={camera: function(mask) for camera, mask in self.image_masks.items()},
+            state=function(self.state),
+            tokenized_prompt=function(self.tokenized_prompt),
+            tokenized_prompt_mask=function(self.tokenized_prompt_mask),
+        )
+
+    def check(self, config: Pi0Config) -> None:
+        """Raises ValueError unless the state and the prompt have the config's sizes."""
+        _shape("state", self.state, (self.batch_size, config.action_dim))
+        length = self.tokenized_prompt.shape[1]
+        if length > config.max_token_len:
+            raise ValueError(
+                f"tokenized_prompt: expected at most max_token_len={config.max_token_len} tokens, "
+                f"got {length}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingPlan:
+    """What of an observation must be encoded at all; leaving out the rest changes no result.
+
+    Attributes:
+        cameras: those that any sample of the batch has.
+        prompt_length: tokens of the longest prompt, up to the next bucket.
+    """
+
+    cameras: tuple[str, ...]
+    prompt_length: int
+
+
+def plan_encoding(
+    camera_mask: Bool[np.ndarray, "B C"], prompt_mask: Bool[np.ndarray, "B L"]
+) -> EncodingPlan:
+    """The plan for a batch. A batch without any camera keeps the first, masked as it is."""
+    present = [camera for camera, any_of in zip(CAMERAS, camera_mask.any(axis=0)) if any_of]
+    places = np.flatnonzero(prompt_mask.any(axis=0))
+    longest = int(places[-1]) + 1 if places.size else 0
+    return EncodingPlan(
+        cameras=tuple(present) or CAMERAS[:1],
+        prompt_length=bucket(longest, PROMPT_BUCKETS, limit=prompt_mask.shape[1]),
+    )
+
+
+def check_actions(name: str, actions: Array, batch: int, config: Pi0Config) -> None:
+    """Raises ValueError unless `actions` is [batch, action_horizon, action_dim]."""
+    _shape(name, actions, (batch, config.action_horizon, config.action_dim))
+
+
+def _as_model_image(camera: str, image: Any) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim != 4 or image.shape[-1] != 3:
+        raise ValueError(
+            f"image[{camera!r}]: expected the shape [B, height, width, 3], got {list(image.shape)}"
+        )
+    if image.dtype == np.uint8:
+        image = image.astype(np.float32) / 255.0 * 2.0 - 1.0
+    if image.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
+        image = resize_with_pad(image, IMAGE_SIZE, IMAGE_SIZE)
+    return image
+
+
+def _shape(name: str, array: Array, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """The array's shape; None in `expected` stands for any length."""
+    found = tuple(array.shape)
+    fits = len(found) == len(expected) and all(
+        want in (None, have) for want, have in zip(expected, found, strict=True)
+    )
+    if not fits:
+        wanted = ["any" if length is None else length for length in expected]
+        raise ValueError(f"{name}: expected the shape {wanted}, got {list(found)}")
+    return found
+
+
+def _dtype(name: str, array: Array, kind: str) -> None:
+    """`kind` is what the dtype's name must hold: "float", "int" or "bool"."""
+    found = str(array.dtype).removeprefix("torch.")
+    if kind not in found or found == "uint8":
+        raise ValueError(f"{name}: expected a dtype of kind {kind}, got {found}")

@@ -1,0 +1,452 @@
+"""LightVLA's token pruner; `pruner_spec.pruner` is its definition, with the paper's equations.
+
+Selection is compiled apart from its checks: functions that a user calls raise on scores that are
+not finite; the model's own path never waits for the device, and reports them instead.
+
+Dimension letters: B batch, N patches, M patches after pruning, T task tokens, D width.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pruner_spec.pruner import RMS_EPSILON, NonFiniteScoresError
+from pruner_torch.layers import wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which patches are kept at inference.
+
+    Attributes:
+        kept: bool [B, N].
+        nonfinite: int [B], scores of valid patches that are not finite. They were not counted as
+            votes; where there are any, the selection means nothing.
+    """
+
+    kept: Bool[Tensor, "B N"]
+    nonfinite: Int[Tensor, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedPatches:
+    """Patches after pruning, in training (M = N) or packed at inference (M the capacity).
+
+    Attributes:
+        tokens: [B, M, D].
+        index: int [B, M], where each stood among the N; it keeps that patch's position.
+        valid: bool [B, M]; the others are padding.
+    """
+
+    tokens: Float[Tensor, "B M D"]
+    index: Int[Tensor, "B M"]
+    valid: Bool[Tensor, "B M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedSequence:
+    """LightVLA's `[cls, patches, task]` sequence after pruning, with M patches left.
+
+    Attributes:
+        tokens: [B, 1 + M + T, D].
+        position_ids: int [B, 1 + M + T]; what is kept keeps its position.
+        attention_mask: bool [B, 1 + M + T], False for padding.
+    """
+
+    tokens: Float[Tensor, "B S D"]
+    position_ids: Int[Tensor, "B S"]
+    attention_mask: Bool[Tensor, "B S"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What shows that a selection has collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
+
+    top_votes: Int[Tensor, "B"]
+    top_votes_share: Float[Tensor, "B"]
+    score_gap: Float[Tensor, "B"]
+    patches_spread: Float[Tensor, "B"]
+    patches_normalized_spread: Float[Tensor, "B"]
+    task_spread: Float[Tensor, "B"]
+    task_normalized_spread: Float[Tensor, "B"]
+    queries_spread: Float[Tensor, "B"]
+    queries_normalized_spread: Float[Tensor, "B"]
+
+
+def rms_normalize(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """x over its root mean square, in `wide` precision; no learned scale."""
+    x = x.to(wide(x.dtype))
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + RMS_EPSILON)
+
+
+def task_queries(
+    patches: Float[Tensor, "B N D"],
+    task: Float[Tensor, "B T D"],
+    task_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B N D"]:
+    """q = softmax(p·tᵀ/√D)·t over the valid task tokens; 0 where a sample has none."""
+    p, t = rms_normalize(patches), rms_normalize(task)
+    logits = torch.einsum("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
+    return torch.einsum("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
+
+
+def importance_score(
+    patches: Float[Tensor, "B N D"],
+    task: Float[Tensor, "B T D"],
+    task_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B N N"]:
+    """score = rms(q)·pᵀ/√D in `wide` precision; row i holds what patch i thinks of every patch.
+
+    A sample without a valid task token scores √D for every patch with itself, and 0 elsewhere.
+    """
+    task_mask = _all_true(task) if task_mask is None else task_mask
+    width, count = patches.shape[-1], patches.shape[1]
+    queries = rms_normalize(task_queries(patches, task, task_mask))
+    scores = torch.einsum("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
+    each_its_own = torch.eye(count, dtype=scores.dtype, device=scores.device) * math.sqrt(width)
+    return torch.where(task_mask.any(dim=-1)[:, None, None], scores, each_its_own)
+
+
+def select_hard(
+    scores: Float[Tensor, "B N N"],
+    patch_mask: Bool[Tensor, "B N"] | None = None,
+    keep_tokens: int | Int[Tensor, "B"] | None = None,
+    min_keep: int = 1,
+) -> Bool[Tensor, "B N"]:
+    """Which patches are kept at inference.
+
+    Args:
+        scores: from `importance_score`.
+        patch_mask: valid patches; None for all.
+        keep_tokens: how many to keep; None for the union of votes, at least `min_keep`.
+        min_keep: what a smaller union is filled up to.
+
+    Raises:
+        NonFiniteScoresError: a score of a valid patch for a valid patch is not finite. Not when
+            compiled, where such scores cast no vote.
+    """
+    selection = _select(scores, patch_mask, keep_tokens, min_keep)
+    _check_finite(selection.nonfinite, scores)
+    return selection.kept
+
+
+def select_straight_through(
+    scores: Float[Tensor, "B N N"],
+    patch_mask: Bool[Tensor, "B N"] | None = None,
+    noise: Float[Tensor, "B N N"] | None = None,
+) -> Float[Tensor, "B N N"]:
+    """One-hot rows at the patches voted for, exactly, with the softmax's gradient.
+
+    Args:
+        scores: from `importance_score`.
+        patch_mask: valid patches; None for all. Rows of the others are 0.
+        noise: added to the scores: uniform in [0, 1) times the noise scale.
+
+    Raises:
+        NonFiniteScoresError: as `select_hard`; compiled, the weights are NaN instead.
+    """
+    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    _check_finite(_count_nonfinite(scores, patch_mask), scores)
+    return _straight_through(scores, patch_mask, noise)
+
+
+def pack(
+    patches: Float[Tensor, "B N D"], selection: Selection, capacity: int
+) -> PrunedPatches:
+    """The kept patches in their order, then padding, at a static length.
+
+    Patches of a sample whose scores were not finite become NaN, as its actions would without
+    pruning: a broken input must not turn into confident actions.
+
+    Args:
+        patches: what was selected from.
+        selection: at most `capacity` kept a sample.
+        capacity: M, at most N.
+    """
+    count = patches.shape[1]
+    place = torch.arange(count, device=patches.device)
+    place_last = torch.where(selection.kept, place, count + place)
+    index = place_last.argsort(dim=-1)[:, :capacity]
+    tokens = torch.take_along_dim(patches, index[:, :, None], dim=1)
+    broken = (selection.nonfinite > 0)[:, None, None]
+    return PrunedPatches(
+        tokens=torch.where(broken, torch.nan, tokens),
+        index=index,
+        valid=torch.take_along_dim(selection.kept, index, dim=1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenPruner:
+    """The pruner on image patches and language tokens that come apart.
+
+    Attributes:
+        keep_tokens: how many patches to keep; None for the union of votes.
+        min_keep: what a smaller union is filled up to.
+    """
+
+    keep_tokens: int | None = None
+    min_keep: int = 1
+
+    def __call__(
+        self,
+        patches: Float[Tensor, "B N D"],
+        task: Float[Tensor, "B T D"],
+        task_mask: Bool[Tensor, "B T"] | None = None,
+        patch_mask: Bool[Tensor, "B N"] | None = None,
+        noise: Float[Tensor, "B N N"] | None = None,
+        train: bool = False,
+        capacity: int | None = None,
+    ) -> PrunedPatches:
+        """Softly selected patches in training, hard and packed ones otherwise.
+
+        Args:
+            patches: image tokens.
+            task: language tokens.
+            task_mask: valid language tokens; None for all.
+            patch_mask: valid patches; None for all.
+            noise: in training, added to the scores.
+            train: soft selection, with gradients to the scores.
+            capacity: M, patches after pruning at inference. None: `keep_tokens`, or else N.
+        """
+        if train:
+            return self.relax(patches, task, task_mask, patch_mask, noise)
+        if capacity is None:
+            capacity = patches.shape[1] if self.keep_tokens is None else self.keep_tokens
+        return pack(patches, self.select(patches, task, task_mask, patch_mask), capacity)
+
+    def select(
+        self,
+        patches: Float[Tensor, "B N D"],
+        task: Float[Tensor, "B T D"],
+        task_mask: Bool[Tensor, "B T"] | None = None,
+        patch_mask: Bool[Tensor, "B N"] | None = None,
+        budget: Int[Tensor, "B"] | None = None,
+    ) -> Selection:
+        """The hard selection; `budget` a sample takes the place of `keep_tokens`."""
+        scores = importance_score(patches, task, task_mask)
+        keep_tokens = self.keep_tokens if budget is None else budget
+        return _select(scores, patch_mask, keep_tokens, self.min_keep)
+
+    def relax(
+        self,
+        patches: Float[Tensor, "B N D"],
+        task: Float[Tensor, "B T D"],
+        task_mask: Bool[Tensor, "B T"] | None = None,
+        patch_mask: Bool[Tensor, "B N"] | None = None,
+        noise: Float[Tensor, "B N N"] | None = None,
+    ) -> PrunedPatches:
+        """The straight-through selection: row i is the patch that patch i votes for."""
+        patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+        scores = importance_score(patches, task, task_mask)
+        weights = _straight_through(scores, patch_mask, noise)
+        # In `wide` precision, so that the scores' gradient is not rounded to bfloat16.
+        tokens = torch.einsum("bnm,bmd->bnd", weights, patches.to(weights.dtype))
+        return PrunedPatches(
+            tokens=tokens.to(patches.dtype), index=weights.argmax(dim=-1), valid=patch_mask
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPruner:
+    """LightVLA's own module, on one sequence `[cls, patches, task]`, at any batch size.
+
+    Attributes:
+        num_patches: N.
+        keep_tokens: how many patches to keep; None for the union of votes.
+        min_keep: what a smaller union is filled up to.
+    """
+
+    num_patches: int
+    keep_tokens: int | None = None
+    min_keep: int = 1
+
+    def __call__(
+        self,
+        tokens: Float[Tensor, "B 1+N+T D"],
+        position_ids: Int[Tensor, "B 1+N+T"] | None = None,
+        attention_mask: Bool[Tensor, "B 1+N+T"] | None = None,
+        noise: Float[Tensor, "B N N"] | None = None,
+        train: bool = False,
+        capacity: int | None = None,
+    ) -> PrunedSequence:
+        """The sequence with its patches pruned.
+
+        Args:
+            tokens: one class token, the patches, the task's tokens.
+            position_ids: None for 0, 1, 2 ...
+            attention_mask: valid tokens; None for all.
+            noise: in training, added to the scores.
+            train: soft selection; the length stays.
+            capacity: M, patches after pruning at inference. None: what the fullest sample keeps,
+                which asks the device, or N when compiled.
+        """
+        batch, length = tokens.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=tokens.device).expand(batch, length)
+        attention_mask = _all_true(tokens) if attention_mask is None else attention_mask.bool()
+        sizes = [1, self.num_patches, length - 1 - self.num_patches]
+        cls, patches, task = tokens.split(sizes, dim=1)
+        cls_position, patch_position, task_position = position_ids.split(sizes, dim=1)
+        cls_mask, patch_mask, task_mask = attention_mask.split(sizes, dim=1)
+        image_pruner = ImageTokenPruner(self.keep_tokens, self.min_keep)
+        if train:
+            pruned = image_pruner.relax(patches, task, task_mask, patch_mask, noise)
+        else:
+            selection = image_pruner.select(patches, task, task_mask, patch_mask)
+            if capacity is None:
+                capacity = most_kept(selection, patches.shape[1])
+            pruned = pack(patches, selection, capacity)
+        position = torch.take_along_dim(patch_position, pruned.index, dim=1)
+        return PrunedSequence(
+            tokens=torch.cat([cls, pruned.tokens, task], dim=1),
+            position_ids=torch.cat([cls_position, position, task_position], dim=1),
+            attention_mask=torch.cat([cls_mask, pruned.valid, task_mask], dim=1),
+        )
+
+
+def most_kept(selection: Selection, limit: int) -> int:
+    """Patches kept in the fullest sample: the one integer read from the device; traced, `limit`.
+
+    Raises:
+        NonFiniteScoresError: the scores were not finite.
+    """
+    if torch.compiler.is_compiling():
+        return limit
+    facts = torch.stack([selection.kept.sum(dim=-1).max(), selection.nonfinite.sum()])
+    most, nonfinite = facts.tolist()
+    if nonfinite:
+        raise NonFiniteScoresError(nonfinite, tuple(selection.kept.shape))
+    return most
+
+
+def diagnose(
+    patches: Float[Tensor, "B N D"],
+    task: Float[Tensor, "B T D"],
+    task_mask: Bool[Tensor, "B T"] | None = None,
+    patch_mask: Bool[Tensor, "B N"] | None = None,
+) -> Diagnostics:
+    """The diagnostics of a selection by these patches and this task, in `wide` precision."""
+    patches, task = (x.to(wide(x.dtype)) for x in (patches, task))
+    task_mask = _all_true(task) if task_mask is None else task_mask
+    patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+    scores = importance_score(patches, task, task_mask)
+    queries = task_queries(patches, task, task_mask)
+    top_votes = _vote(scores, patch_mask).votes.amax(dim=-1).clamp(min=0)
+    return Diagnostics(
+        top_votes=top_votes,
+        top_votes_share=top_votes.to(scores.dtype) / patch_mask.sum(dim=-1).clamp(min=1),
+        score_gap=_mean_gap(scores, patch_mask),
+        patches_spread=spread(patches, patch_mask),
+        patches_normalized_spread=spread(rms_normalize(patches), patch_mask),
+        task_spread=spread(task, task_mask),
+        task_normalized_spread=spread(rms_normalize(task), task_mask),
+        queries_spread=spread(queries, patch_mask),
+        queries_normalized_spread=spread(rms_normalize(queries), patch_mask),
+    )
+
+
+def spread(tokens: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B"]:
+    """Root mean square distance of the valid tokens from their mean, over their rms norm."""
+    weight = mask[:, :, None].to(tokens.dtype)
+    count = weight.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (tokens * weight).sum(dim=1, keepdim=True) / count
+    distance = ((tokens - mean).square() * weight).sum(dim=(1, 2))
+    norm = (tokens.square() * weight).sum(dim=(1, 2))
+    return (distance / torch.where(norm > 0, norm, 1.0)).sqrt()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ballot:
+    """How the patches voted, as in `pruner_spec.pruner.Ballot`."""
+
+    votes: Int[Tensor, "B N"]
+    best: Float[Tensor, "B N"]
+
+
+def _vote(scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]) -> _Ballot:
+    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
+
+    A row without a finite score casts no vote.
+    """
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & torch.isfinite(scores)
+    eligible = torch.where(counted, scores, -torch.inf)
+    choice = eligible.argmax(dim=-1)
+    ballots = torch.zeros(patch_mask.shape, dtype=choice.dtype, device=choice.device)
+    votes = ballots.scatter_add(-1, choice, counted.any(dim=-1).to(choice.dtype))
+    return _Ballot(votes=torch.where(patch_mask, votes, -1), best=eligible.amax(dim=1))
+
+
+def _select(
+    scores: Float[Tensor, "B N N"],
+    patch_mask: Bool[Tensor, "B N"] | None,
+    keep_tokens: int | Int[Tensor, "B"] | None,
+    min_keep: int,
+) -> Selection:
+    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    ballot = _vote(scores, patch_mask)
+    elected = (ballot.votes > 0).sum(dim=-1, keepdim=True)
+    seats = elected.clamp(min=min_keep) if keep_tokens is None else keep_tokens
+    if not isinstance(keep_tokens, int | None):
+        seats = keep_tokens[:, None]
+    by_score = (-ballot.best).argsort(dim=-1, stable=True)
+    by_votes = (-ballot.votes.gather(-1, by_score)).argsort(dim=-1, stable=True)
+    rank = by_score.gather(-1, by_votes).argsort(dim=-1)
+    return Selection(
+        kept=(rank < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
+    )
+
+
+def _straight_through(
+    scores: Float[Tensor, "B N N"],
+    patch_mask: Bool[Tensor, "B N"],
+    noise: Float[Tensor, "B N N"] | None,
+) -> Float[Tensor, "B N N"]:
+    scores = scores if noise is None else scores + noise.to(scores.dtype)
+    eligible = torch.where(patch_mask[:, None, :], scores, torch.finfo(scores.dtype).min)
+    soft = eligible.softmax(dim=-1)
+    hard = F.one_hot(eligible.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+    return (hard + (soft - soft.detach())) * patch_mask[:, :, None]
+
+
+def _count_nonfinite(
+    scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]
+) -> Int[Tensor, "B"]:
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :]
+    return (counted & ~torch.isfinite(scores)).sum(dim=(1, 2))
+
+
+def _check_finite(nonfinite: Int[Tensor, "B"], scores: Float[Tensor, "B N N"]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if count := int(nonfinite.sum()):
+        raise NonFiniteScoresError(count, tuple(scores.shape))
+
+
+def _mean_gap(
+    scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]
+) -> Float[Tensor, "B"]:
+    """Mean over valid rows of the first minus the second score; 0 where only one is valid."""
+    if scores.shape[-1] == 1:
+        return scores.new_zeros(scores.shape[0])
+    eligible = torch.where(patch_mask[:, None, :], scores, -torch.inf)
+    first, second = eligible.topk(2, dim=-1).values.unbind(dim=-1)
+    counted = patch_mask & (patch_mask.sum(dim=-1, keepdim=True) > 1)
+    gap = torch.where(counted, first, 0.0) - torch.where(counted, second, 0.0)
+    return gap.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
+
+
+def _masked_softmax(
+    logits: Float[Tensor, "B N T"], mask: Bool[Tensor, "B 1 T"]
+) -> Float[Tensor, "B N T"]:
+    """Softmax over the last axis within the mask; 0 outside it, and where nothing is within."""
+    within = torch.where(mask, logits, torch.finfo(logits.dtype).min)
+    return torch.where(mask, within.softmax(dim=-1), 0.0)
+
+
+def _all_true(x: Float[Tensor, "B N _"]) -> Bool[Tensor, "B N"]:
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

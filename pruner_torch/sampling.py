@@ -1,0 +1,134 @@
+"""From an observation to actions, at inference.
+
+What the host must know to choose static shapes is settled before anything is computed: which
+cameras are there and how long the prompts are. The implicit selection is the one thing that only
+the device knows; it costs one read of an integer a call. A budget costs none.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruner_spec.buckets import PATCH_BUCKETS, bucket
+from pruner_spec.config import CAMERAS
+from pruner_spec.flow import euler_step, euler_times
+from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
+from pruner_spec.stats import kept_counts
+from pruner_torch.gemma import KVCache
+from pruner_torch.pruner import Selection, diagnose, most_kept
+
+if TYPE_CHECKING:
+    from pruner_torch.pi0 import Encoded, Pi0, Prefix
+
+
+@torch.no_grad()
+def sample_actions(
+    model: "Pi0",
+    observation: Observation,
+    noise: Float[Tensor, "B H A"],
+    num_steps: int = 10,
+) -> Float[Tensor, "B H A"]:
+    """Actions, denoised from the noise by `num_steps` Euler steps.
+
+    Cameras that no sample has are not encoded, and prompt padding beyond the bucket of the longest
+    prompt is dropped; neither changes the result. A sample's actions do not depend on the others.
+
+    Args:
+        model: its config says whether and how patches are pruned.
+        observation: of NumPy arrays or tensors. Masks that are NumPy arrays cost no transfer.
+        noise: standard normal.
+        num_steps: Euler steps from time 1 to 0.
+
+    Raises:
+        ValueError: an argument does not fit the config.
+        NonFiniteScoresError: the implicit selection met scores that are not finite. With a budget
+            the sample's actions are NaN, as they would be without pruning.
+    """
+    check_actions("noise", noise, observation.batch_size, model.config)
+    plan = plan_of(observation)
+    observation = model.prepare(observation)
+    noise = torch.as_tensor(noise, device=model.device).to(observation.state.dtype)
+    encoded = model.encode(observation, plan.cameras, plan.prompt_length)
+    selection = model.select(encoded)
+    if model.token_pruning_enabled:
+        model.record.last = (plan.cameras, encoded, selection)
+    prefix = prune(model, encoded, selection, capacity(model, encoded, selection))
+    return denoise(model, prefix, model.prefill(prefix), observation.state, noise, num_steps)
+
+
+def plan_of(observation: Observation) -> EncodingPlan:
+    """Which cameras and how much of the prompt to encode; when traced, all."""
+    if torch.compiler.is_compiling():
+        return EncodingPlan(CAMERAS, observation.tokenized_prompt.shape[1])
+    masks = [torch.as_tensor(observation.image_masks[camera]) for camera in CAMERAS]
+    prompt_mask = torch.as_tensor(observation.tokenized_prompt_mask)
+    both = torch.cat([torch.stack(masks, dim=1), prompt_mask], dim=1).cpu().numpy()
+    return plan_encoding(both[:, : len(CAMERAS)], both[:, len(CAMERAS) :])
+
+
+def prune(
+    model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None
+) -> "Prefix":
+    """The prefix at inference, packed to `capacity`; None where the config does not prune."""
+    if capacity is None:
+        return model.assemble(encoded)
+    return model.prune(encoded, selection, capacity)
+
+
+def capacity(model: "Pi0", encoded: "Encoded", selection: Selection) -> int | None:
+    """M, the static number of patches after pruning, for a batch; None for all as they stand."""
+    if not model.config.prunes_at_inference:
+        return None
+    cameras, patches = encoded.patches.shape[1:3]
+    if model.config.keep_budget is not None:
+        return model.config.keep_budget * cameras
+    limit = cameras * patches
+    return bucket(most_kept(selection, limit), PATCH_BUCKETS, limit)
+
+
+def denoise(
+    model: "Pi0",
+    prefix: "Prefix",
+    cache: KVCache,
+    state: Float[Tensor, "B A"],
+    noise: Float[Tensor, "B H A"],
+    num_steps: int,
+) -> Float[Tensor, "B H A"]:
+    """Euler steps from the noise at time 1 to the actions at time 0."""
+    step = float(euler_step(num_steps))
+    x = noise
+    for moment in euler_times(num_steps).tolist():
+        time = x.new_full((x.shape[0],), moment)
+        x = x + step * model.velocity(prefix, cache, state, x, time)
+    return x
+
+
+def stats(model: "Pi0") -> dict[str, Any]:
+    """How the last sampled batch was pruned.
+
+    Returns:
+        enabled: whether the config prunes.
+        noise_scale: of the training noise.
+        and, after a batch was sampled with pruning enabled: kept_per_sample, kept_per_camera,
+        nonfinite_scores, and diagnostics, `pruner.Diagnostics` as lists: [B][C] in the camera
+        scope, [B][1] in the joint one.
+    """
+    result: dict[str, Any] = {
+        "enabled": model.token_pruning_enabled,
+        "noise_scale": model.token_pruner_noise_scale,
+    }
+    if model.record.last is None:
+        return result
+    cameras, encoded, selection = model.record.last
+    batch, _, patches = encoded.patches.shape[:3]
+    kept = selection.kept.reshape(batch, -1, patches).cpu().numpy()
+    found = diagnose(*model.pools(encoded))
+    by_pool = {
+        field.name: getattr(found, field.name).reshape(batch, -1).tolist()
+        for field in dataclasses.fields(found)
+    }
+    nonfinite = selection.nonfinite.cpu().numpy()
+    return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
