@@ -79,8 +79,8 @@ def attend(
 ) -> Float[Array, "B S K*H"]:
     """Softmax attention of queries that are scaled already; K is a multiple of G.
 
-    Logits and softmax are in `wide` precision. What a row with nothing to attend to gets is
-    finite, and undefined.
+    Logits and softmax are in `wide` precision. A row with nothing to attend to averages all
+    values, as in openpi.
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)

@@ -164,21 +164,36 @@ class Pi0(nnx.Module):
         cameras: Sequence[str] = CAMERAS,
         prompt_length: int | None = None,
     ) -> Encoded:
-        """Tokens of the images and of the prompt, all cameras in one vision batch.
+        """Tokens of the images and of the prompt.
 
         Args:
             observation: of JAX arrays.
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        images = jnp.stack([observation.images[camera] for camera in cameras], axis=1)
+        images = [observation.images[camera] for camera in cameras]
+        masks = [observation.image_masks[camera] for camera in cameras]
+        return self.embed(
+            jnp.stack(images, axis=1),
+            jnp.stack(masks, axis=1),
+            observation.tokenized_prompt[:, :prompt_length],
+            observation.tokenized_prompt_mask[:, :prompt_length],
+        )
+
+    def embed(
+        self,
+        images: Float[Array, "B C 224 224 3"],
+        camera_mask: Bool[Array, "B C"],
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+    ) -> Encoded:
+        """Tokens of any number of cameras, all in one vision batch, and of a prompt."""
         patches = self.vision(_merge(images, 0), self.dtype, self.gradient_checkpointing)
-        tokens = observation.tokenized_prompt[:, :prompt_length]
         return Encoded(
             patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
-            camera_mask=jnp.stack([observation.image_masks[name] for name in cameras], axis=1),
-            prompt=self.gemma.embedder(tokens, self.dtype),
-            prompt_mask=observation.tokenized_prompt_mask[:, :prompt_length],
+            camera_mask=camera_mask,
+            prompt=self.gemma.embedder(prompt, self.dtype),
+            prompt_mask=prompt_mask,
         )
 
     def pools(self, encoded: Encoded) -> tuple[Array, Array, Array, Array]:
@@ -343,8 +358,27 @@ class Pi0(nnx.Module):
         noisy_actions = fraction * noise + (1 - fraction) * actions
         prefix = self.embed_prefix(observation, pruner_noise, train)
         suffix = self.embed_suffix(observation.state, noisy_actions, time)
-        mask, positions = self._attention(prefix)
-        _, output = self.gemma(
+        _, output = self.joint(prefix, suffix)
+        return jnp.square(self._velocity(output) - (noise - actions)).mean(axis=-1)
+
+    def attention(
+        self, prefix: Prefix
+    ) -> tuple[Bool[Array, "B S+H S+H"], Int[Array, "B S+H"]]:
+        """Mask and positions of the whole sequence, prefix and suffix."""
+        batch, length = prefix.valid.shape
+        place = jnp.arange(length + self.config.suffix_length)
+        suffix_valid = jnp.ones((batch, self.config.suffix_length), bool)
+        valid = jnp.concatenate([prefix.valid, suffix_valid], axis=1)
+        mask = sequence.attention_mask(valid, sequence.block_start(self.config, place, length))
+        suffix_positions = prefix.length[:, None] + place[: self.config.suffix_length]
+        return mask, jnp.concatenate([prefix.positions, suffix_positions], axis=1)
+
+    def joint(
+        self, prefix: Prefix, suffix: Suffix
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B H E"]]:
+        """Both experts over the whole sequence, as in training: their outputs."""
+        mask, positions = self.attention(prefix)
+        return self.gemma(
             prefix.tokens,
             suffix.tokens,
             suffix.condition,
@@ -352,11 +386,10 @@ class Pi0(nnx.Module):
             positions,
             self.gradient_checkpointing,
         )
-        return jnp.square(self._velocity(output) - (noise - actions)).mean(axis=-1)
 
     def prefill(self, prefix: Prefix) -> KVCache:
         """Keys and values of the prefix, for the denoising steps."""
-        mask, positions = self._attention(prefix)
+        mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         _, cache = self.gemma.prefill(
             prefix.tokens, mask[:, :length, :length], positions[:, :length]
@@ -373,7 +406,7 @@ class Pi0(nnx.Module):
     ) -> Float[Array, "B H A"]:
         """One denoising step's velocity, from the cached prefix."""
         suffix = self.embed_suffix(state, noisy_actions, time)
-        mask, positions = self._attention(prefix)
+        mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         output = self.gemma.decode(
             suffix.tokens, suffix.condition, mask[:, length:], positions[:, length:], cache
@@ -405,19 +438,6 @@ class Pi0(nnx.Module):
 
     def _velocity(self, output: Float[Array, "B H E"]) -> Float[Array, "B H A"]:
         return self.action_out_proj(output[:, -self.config.action_horizon :].astype(wide(self.dtype)))
-
-    def _attention(
-        self, prefix: Prefix
-    ) -> tuple[Bool[Array, "B S+H S+H"], Int[Array, "B S+H"]]:
-        """Mask and positions of the whole sequence, prefix and suffix."""
-        batch, length = prefix.valid.shape
-        place = jnp.arange(length + self.config.suffix_length)
-        suffix_valid = jnp.ones((batch, self.config.suffix_length), bool)
-        valid = jnp.concatenate([prefix.valid, suffix_valid], axis=1)
-        mask = sequence.attention_mask(valid, sequence.block_start(self.config, place, length))
-        suffix_positions = prefix.length[:, None] + place[: self.config.suffix_length]
-        return mask, jnp.concatenate([prefix.positions, suffix_positions], axis=1)
-
 
 def _merge(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """x with `axis` and the axis after it as one."""

@@ -88,5 +88,8 @@ def beta(
 
 
 def flow_matching_time(keys: UInt32[Array, "B 2"]) -> Float32[Array, "B"]:
-    """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest."""
+    """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest.
+
+    In [0.001, 1).
+    """
     return beta(keys, (), alpha=spec.FLOW_TIME_ALPHA) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pruner_spec.config import Pi0Config
 
-MASKED_LOGIT = -2.3819763e38  # openpi's; finite, so that a row with nothing to attend to stays finite
+MASKED_LOGIT = -2.3819763e38  # openpi's; finite, so that no row is without a softmax
 
 ROPE_MAX_WAVELENGTH = 10_000
 

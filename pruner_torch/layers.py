@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from pruner_spec.sequence import MASKED_LOGIT
+
 LAYER_NORM_EPSILON = 1e-6
 
 
@@ -75,13 +77,15 @@ def attend(
 ) -> Float[Tensor, "B S K*H"]:
     """Softmax attention of queries that are scaled already; K is a multiple of G.
 
-    Logits and softmax are in `wide` precision. What a row with nothing to attend to gets is
-    finite, and undefined.
+    Logits and softmax are in `wide` precision. A row with nothing to attend to averages all
+    values, as in openpi.
     """
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
+    # A finite number as large as this absorbs any logit, and leaves no row without a softmax.
+    bias = None if mask is None else torch.where(mask[:, None], 0.0, MASKED_LOGIT).to(query.dtype)
     attended = F.scaled_dot_product_attention(
         *heads_first,
-        attn_mask=None if mask is None else mask[:, None],
+        attn_mask=bias,
         scale=1.0,
         enable_gqa=query.shape[2] != key.shape[2],
     )

@@ -4,22 +4,28 @@ Only here is randomness drawn inside, as openpi does. openpi's model augments im
 always; this one leaves images as they are.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruner_spec.config import CAMERAS, Pi0Config
+from pruner_spec.layout import to_named
 from pruner_spec.observation import Observation
+from pruner_spec.parameters import parameter_table
+from pruner_torch import sampling
+from pruner_torch.layers import wide
 from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
 
-class PI0Pytorch(Pi0):
+class PI0Pytorch(nn.Module):
     """π0 or π0.5 as openpi's PyTorch trainer and policy call it.
 
-    `train()` selects patches softly, with gradients; `eval()` drops the others.
+    `train()` selects patches softly, with gradients; `eval()` drops the others. openpi's tensor
+    names are accepted by `load_state_dict`, and so by `safetensors.torch.load_model`.
 
     Args:
         config: any object with openpi's field names; missing ones get their defaults.
@@ -27,6 +33,7 @@ class PI0Pytorch(Pi0):
         device: where the parameters are; None for PyTorch's default.
 
     Attributes:
+        pi0: the model.
         last_kept_per_sample: patches kept in the last `embed_prefix`, int [B]; None after a soft
             selection, or without pruning.
     """
@@ -38,8 +45,45 @@ class PI0Pytorch(Pi0):
         seed: int | None = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(Pi0Config.from_fields(config), seed=seed, device=device)
+        super().__init__()
+        self.pi0 = Pi0(Pi0Config.from_fields(config), seed=seed, device=device)
         self.last_kept_per_sample: Int[Tensor, "B"] | None = None
+        self.register_load_state_dict_pre_hook(_rename_from_openpi)
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.pi0.config
+
+    @property
+    def token_pruning_enabled(self) -> bool:
+        return self.pi0.token_pruning_enabled
+
+    def set_token_pruner_noise_scale(self, noise_scale: float | None) -> None:
+        """Overrides the config's noise scale; None goes back to it."""
+        self.pi0.set_token_pruner_noise_scale(noise_scale)
+
+    def get_token_pruning_stats(self) -> dict[str, Any]:
+        """How the last sampled batch was pruned. See `sampling.stats`."""
+        return self.pi0.get_token_pruning_stats()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Layers are recomputed in the backward pass."""
+        self.pi0.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Layers keep what the backward pass needs."""
+        self.pi0.gradient_checkpointing = False
+
+    def sample_noise(
+        self, shape: Sequence[int], device: torch.device | str
+    ) -> Float[Tensor, "..."]:
+        """Standard normal noise."""
+        return torch.randn(*shape, device=device, dtype=wide(self.pi0.dtype))
+
+    def sample_time(self, bsize: int, device: torch.device | str) -> Float[Tensor, "bsize"]:
+        """Flow matching times: Beta(1.5, 1) · 0.999 + 0.001."""
+        uniform = torch.rand(bsize, device=device, dtype=wide(self.pi0.dtype))
+        return uniform ** (1 / 1.5) * 0.999 + 0.001
 
     def forward(
         self,
@@ -48,30 +92,40 @@ class PI0Pytorch(Pi0):
         noise: Float[Tensor, "B H A"] | None = None,
         time: Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B H"]:
-        """The loss, [B, H] as in JAX; openpi's PyTorch model leaves the last axis to the caller."""
-        observation = as_observation(observation)
-        noise = self.sample_noise(actions.shape) if noise is None else noise
-        time = self.sample_time(actions.shape[0]) if time is None else time
-        pruner_noise = self._draw_pruner_noise(actions.shape[0], len(CAMERAS))
-        return self.compute_loss(observation, actions, noise, time, pruner_noise, self.training)
+        """The loss, [B, H] as in JAX; openpi's PyTorch model leaves the mean over A to the caller.
 
-    def embed_prefix(  # type: ignore[override]
-        self,
-        images: Observation | Sequence[Float[Tensor, "B 3 224 224"]],
-        img_masks: Sequence[Bool[Tensor, "B"]] | Any = None,
-        lang_tokens: Int[Tensor, "B L"] | Any = False,
-        lang_masks: Bool[Tensor, "B L"] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor] | Prefix:
-        """Embeddings [B, S, D], padding masks [B, S] and attention masks [B, S] of the prefix.
-
-        Called with an `Observation`, it is `Pi0.embed_prefix`.
+        Args:
+            observation: an object with openpi's attributes; images channels first or last.
+            actions: normalised, zero-padded to A.
+            noise: None to draw it.
+            time: None to draw it.
         """
-        if isinstance(images, Observation):
-            return super().embed_prefix(images, img_masks, lang_tokens)
-        prefix = self._prefix(self._encode(images, img_masks, lang_tokens, lang_masks))
+        batch, device = actions.shape[0], self.pi0.device
+        noise = self.sample_noise(actions.shape, device) if noise is None else noise
+        time = self.sample_time(batch, device) if time is None else time
+        pruner_noise = self._draw_pruner_noise(batch, len(CAMERAS))
+        return self.pi0.compute_loss(
+            as_observation(observation), actions, noise, time, pruner_noise, self.training
+        )
+
+    def embed_prefix(
+        self,
+        images: Sequence[Float[Tensor, "B 3 224 224"]],
+        img_masks: Sequence[Bool[Tensor, "B"]],
+        lang_tokens: Int[Tensor, "B L"],
+        lang_masks: Bool[Tensor, "B L"],
+    ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, "B S"]]:
+        """Embeddings, padding masks and attention masks of the prefix, any number of cameras."""
+        encoded = self.pi0.embed(
+            torch.stack([channels_last(image) for image in images], dim=1),
+            torch.stack(list(img_masks), dim=1),
+            lang_tokens,
+            lang_masks,
+        )
+        prefix = self._prefix(encoded)
         return prefix.tokens, prefix.valid, torch.zeros_like(prefix.valid)
 
-    def sample_actions(  # type: ignore[override]
+    def sample_actions(
         self,
         device: torch.device | str,
         observation: Any,
@@ -83,4 +137,64 @@ class PI0Pytorch(Pi0):
         if noise is None:
             shape = (observation.batch_size, self.config.action_horizon, self.config.action_dim)
             noise = self.sample_noise(shape, device)
-        return super().sample_actions(observation, noise, num_steps)
+        return self.pi0.sample_actions(observation, noise, num_steps)
+
+    def _prefix(self, encoded: Encoded) -> Prefix:
+        self.last_kept_per_sample = None
+        if not self.token_pruning_enabled:
+            return self.pi0.assemble(encoded)
+        if self.training:
+            noise = self._draw_pruner_noise(*encoded.camera_mask.shape)
+            return self.pi0.assemble(encoded, self.pi0.relax(encoded, noise))
+        selection = self.pi0.select(encoded)
+        self.last_kept_per_sample = selection.kept.sum(dim=-1)
+        capacity = sampling.capacity(self.pi0, encoded, selection)
+        return sampling.prune(self.pi0, encoded, selection, capacity)
+
+    def _draw_pruner_noise(
+        self, batch: int, cameras: int
+    ) -> Float[Tensor, "*pools N N"] | None:
+        scale = self.pi0.token_pruner_noise_scale
+        if not (self.training and self.token_pruning_enabled and scale > 0):
+            return None
+        patches = self.config.vision.num_patches
+        shape = (batch, cameras, patches, patches)
+        if self.config.token_prune_scope == "joint":
+            shape = (batch, cameras * patches, cameras * patches)
+        return torch.rand(shape, device=self.pi0.device, dtype=wide(self.pi0.dtype)) * scale
+
+
+def as_observation(observation: Any) -> Observation:
+    """The spec's observation from any object with openpi's attributes.
+
+    Raises:
+        ValueError: an array does not fit.
+    """
+    if isinstance(observation, Observation):
+        return observation
+    fields = {
+        field.name: getattr(observation, field.name) for field in dataclasses.fields(Observation)
+    }
+    fields["images"] = {name: channels_last(image) for name, image in fields["images"].items()}
+    return Observation(**fields)
+
+
+def channels_last(image: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B height width 3"]:
+    """The image with its channels last, wherever they were."""
+    return image.permute(0, 2, 3, 1) if image.shape[1] == 3 else image
+
+
+def _rename_from_openpi(
+    module: PI0Pytorch, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Puts our names in the place of openpi's, in a state dict about to be loaded."""
+    theirs = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    if not any(name.startswith("paligemma_with_expert.") for name in theirs):
+        return
+    table = parameter_table(module.config)
+    state_dict.clear()
+    for name, value in to_named(theirs, module.config):
+        parameter = table[name]
+        layers = [value] if parameter.layers is None else value
+        for torch_name, layer in zip(parameter.torch_names, layers, strict=True):
+            state_dict[f"{prefix}pi0.{torch_name}"] = torch.from_numpy(layer)

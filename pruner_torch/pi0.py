@@ -148,21 +148,36 @@ class Pi0(nn.Module):
         cameras: Sequence[str] = CAMERAS,
         prompt_length: int | None = None,
     ) -> Encoded:
-        """Tokens of the images and of the prompt, all cameras in one vision batch.
+        """Tokens of the images and of the prompt.
 
         Args:
             observation: of tensors, on the model's device.
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        images = torch.stack([observation.images[camera] for camera in cameras], dim=1)
+        images = [observation.images[camera] for camera in cameras]
+        masks = [observation.image_masks[camera] for camera in cameras]
+        return self.embed(
+            torch.stack(images, dim=1),
+            torch.stack(masks, dim=1),
+            observation.tokenized_prompt[:, :prompt_length],
+            observation.tokenized_prompt_mask[:, :prompt_length],
+        )
+
+    def embed(
+        self,
+        images: Float[Tensor, "B C 224 224 3"],
+        camera_mask: Bool[Tensor, "B C"],
+        prompt: Int[Tensor, "B L"],
+        prompt_mask: Bool[Tensor, "B L"],
+    ) -> Encoded:
+        """Tokens of any number of cameras, all in one vision batch, and of a prompt."""
         patches = self.vision(images.flatten(0, 1), self.dtype, self.gradient_checkpointing)
-        tokens = observation.tokenized_prompt[:, :prompt_length]
         return Encoded(
             patches=patches.unflatten(0, images.shape[:2]),
-            camera_mask=torch.stack([observation.image_masks[name] for name in cameras], dim=1),
-            prompt=self.gemma.embedder(tokens, self.dtype),
-            prompt_mask=observation.tokenized_prompt_mask[:, :prompt_length],
+            camera_mask=camera_mask,
+            prompt=self.gemma.embedder(prompt, self.dtype),
+            prompt_mask=prompt_mask,
         )
 
     def pools(self, encoded: Encoded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -326,8 +341,27 @@ class Pi0(nn.Module):
         noisy_actions = fraction * noise + (1 - fraction) * actions
         prefix = self.embed_prefix(observation, pruner_noise, train)
         suffix = self.embed_suffix(observation.state, noisy_actions, time)
-        mask, positions = self._attention(prefix)
-        _, output = self.gemma(
+        _, output = self.joint(prefix, suffix)
+        return (self._velocity(output) - (noise - actions)).square().mean(dim=-1)
+
+    def attention(
+        self, prefix: Prefix
+    ) -> tuple[Bool[Tensor, "B S+H S+H"], Int[Tensor, "B S+H"]]:
+        """Mask and positions of the whole sequence, prefix and suffix."""
+        batch, length = prefix.valid.shape
+        place = torch.arange(length + self.config.suffix_length, device=prefix.valid.device)
+        suffix_valid = prefix.valid.new_ones(batch, self.config.suffix_length)
+        valid = torch.cat([prefix.valid, suffix_valid], dim=1)
+        mask = sequence.attention_mask(valid, sequence.block_start(self.config, place, length))
+        suffix_positions = prefix.length[:, None] + place[: self.config.suffix_length]
+        return mask, torch.cat([prefix.positions, suffix_positions], dim=1)
+
+    def joint(
+        self, prefix: Prefix, suffix: Suffix
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B H E"]]:
+        """Both experts over the whole sequence, as in training: their outputs."""
+        mask, positions = self.attention(prefix)
+        return self.gemma(
             prefix.tokens,
             suffix.tokens,
             suffix.condition,
@@ -335,11 +369,10 @@ class Pi0(nn.Module):
             positions,
             self.gradient_checkpointing,
         )
-        return (self._velocity(output) - (noise - actions)).square().mean(dim=-1)
 
     def prefill(self, prefix: Prefix) -> KVCache:
         """Keys and values of the prefix, for the denoising steps."""
-        mask, positions = self._attention(prefix)
+        mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         _, cache = self.gemma.prefill(
             prefix.tokens, mask[:, :length, :length], positions[:, :length]
@@ -356,7 +389,7 @@ class Pi0(nn.Module):
     ) -> Float[Tensor, "B H A"]:
         """One denoising step's velocity, from the cached prefix."""
         suffix = self.embed_suffix(state, noisy_actions, time)
-        mask, positions = self._attention(prefix)
+        mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         output = self.gemma.decode(
             suffix.tokens, suffix.condition, mask[:, length:], positions[:, length:], cache
@@ -391,15 +424,3 @@ class Pi0(nn.Module):
 
     def _velocity(self, output: Float[Tensor, "B H E"]) -> Float[Tensor, "B H A"]:
         return self.action_out_proj(output[:, -self.config.action_horizon :].to(wide(self.dtype)))
-
-    def _attention(
-        self, prefix: Prefix
-    ) -> tuple[Bool[Tensor, "B S+H S+H"], Int[Tensor, "B S+H"]]:
-        """Mask and positions of the whole sequence, prefix and suffix."""
-        batch, length = prefix.valid.shape
-        place = torch.arange(length + self.config.suffix_length, device=prefix.valid.device)
-        suffix_valid = prefix.valid.new_ones(batch, self.config.suffix_length)
-        valid = torch.cat([prefix.valid, suffix_valid], dim=1)
-        mask = sequence.attention_mask(valid, sequence.block_start(self.config, place, length))
-        suffix_positions = prefix.length[:, None] + place[: self.config.suffix_length]
-        return mask, torch.cat([prefix.positions, suffix_positions], dim=1)

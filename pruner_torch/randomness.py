@@ -140,9 +140,14 @@ def beta(
     Raises:
         ValueError: `alpha` is not positive and finite.
     """
-    return uniform(keys, shape) ** spec.beta_exponent(alpha)
+    # On a CPU, PyTorch's float32 powers depend on where in the tensor an element lies: those that
+    # fill no vector register take another path. Float64's do too, but not once rounded.
+    return (uniform(keys, shape).double() ** spec.beta_exponent(alpha)).float()
 
 
 def flow_matching_time(keys: UInt32[Tensor, "B 2"]) -> Float32[Tensor, "B"]:
-    """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest."""
+    """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest.
+
+    In [0.001, 1).
+    """
     return beta(keys, (), alpha=spec.FLOW_TIME_ALPHA) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN

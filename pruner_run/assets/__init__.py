@@ -1,7 +1,7 @@
 """What ships with the package, so that it can be tried without any download.
 
-`aloha_transfer_cube` is one real episode (see `pruner_run.simulation.record_demo`), the tokenizer is
-a stand-in for PaliGemma's (see `make_demo_tokenizer` here).
+`aloha_transfer_cube` is one simulated episode (see `pruner_run.simulation.record_demo`), and the
+tokenizer is a stand-in for PaliGemma's (see `make_demo_tokenizer` here).
 """
 
 from pathlib import Path

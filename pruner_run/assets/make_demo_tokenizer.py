@@ -18,18 +18,29 @@ from pruner_run.assets import DEMO_TOKENIZER
 
 VOCABULARY = 1000  # below the 1024 rows of a tiny model's embedding
 
-TASKS = ("pick up", "grasp", "lift", "move", "push", "pull", "find", "hand over", "transfer", "put")
-COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "small", "large", "wooden")
-THINGS = (
-    *("cube", "block", "cup", "mug", "bowl", "plate", "bottle", "spoon", "fork", "knife", "sponge"),
-    *("towel", "drawer", "cabinet door", "peg", "socket", "box", "basket", "lid", "pot", "apple"),
-)
-ENDS = (
-    *("and place it on the table", "and put it in the basket", "into the top drawer", "to the left"),
-    *("from the right arm to the left arm", "with the left gripper", "with the right hand"),
-    *("on the stove", "in the sink", "next to the plate", "behind the bowl", "then open the drawer"),
-    *("then close the cabinet", "and turn on the stove", "without touching anything else"),
-)
+TASKS = ["pick up", "grasp", "lift", "move", "push", "pull", "find", "hand over", "transfer", "put"]
+COLOURS = ["red", "green", "blue", "yellow", "white", "black", "orange", "small", "large", "wooden"]
+THINGS = [
+    *["cube", "block", "cup", "mug", "bowl", "plate", "bottle", "spoon", "fork", "knife", "sponge"],
+    *["towel", "drawer", "cabinet door", "peg", "socket", "box", "basket", "lid", "pot", "apple"],
+]
+ENDS = [
+    "and place it on the table",
+    "and put it in the basket",
+    "into the top drawer",
+    "to the left",
+    "from the right arm to the left arm",
+    "with the left gripper",
+    "with the right hand",
+    "on the stove",
+    "in the sink",
+    "next to the plate",
+    "behind the bowl",
+    "then open the drawer",
+    "then close the cabinet",
+    "and turn on the stove",
+    "without touching anything else",
+]
 
 
 def corpus() -> list[str]:

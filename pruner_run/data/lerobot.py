@@ -4,22 +4,15 @@ The numbers of all frames are held in memory (a million frames of a bimanual rob
 120 MB); images are decoded when asked for, from mp4 files or from the parquet files themselves.
 """
 
-import bisect
-import io
-import itertools
-import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import UInt8
-from PIL import Image
 
-from pruner_run.data.lerobot_metadata import Episode, Feature, read_metadata, read_parquet
+from pruner_run.data.lerobot_metadata import Episode, read_metadata
+from pruner_run.data.lerobot_table import read_image, read_parquet, to_numpy
 from pruner_run.data.video import read_frames
 
 
@@ -30,7 +23,9 @@ class LeRobotDataset:
 
     Attributes:
         root: The dataset's folder.
+        version: "v2.1" or "v3.0".
         fps: Frames a second.
+        robot_type: The robot's name, if given.
         features: Name -> dtype and shape, in the dataset's order.
         cameras: Names of the features that are images.
         tasks: Task index -> instruction.
@@ -105,7 +100,7 @@ class LeRobotDataset:
         else:
             path = episode.data_path
             row = episode.start - self._first_frames[path] + first
-            images = np.stack([_read_image(path, camera, row + i) for i in range(count)])
+            images = np.stack([read_image(path, camera, row + i) for i in range(count)])
         if images.shape[1:] != feature.shape:
             found = list(images.shape[1:])
             raise ValueError(f"{path}: expected {camera} of {list(feature.shape)}, got {found}")
@@ -123,7 +118,7 @@ class LeRobotDataset:
             self._first_frames[path] = rows
             rows += len(table)
             for key, feature in features.items():
-                parts[key].append(_to_numpy(table[key], feature, f"{path}: {key}"))
+                parts[key].append(to_numpy(table[key], feature, f"{path}: {key}"))
         columns = {key: np.concatenate(part) for key, part in parts.items() if part}
         self._check_indices(columns)
         return columns
@@ -137,64 +132,20 @@ class LeRobotDataset:
             "episode_index": np.repeat(np.arange(len(self.episodes)), lengths),
             "frame_index": np.arange(len(self)) - starts,
         }
-        data = self.root / "data"
         for key, values in expected.items() if columns else ():
             if len(columns[key]) != len(values):
-                raise ValueError(f"{data}: expected {len(values)} rows, got {len(columns[key])}")
+                found = len(columns[key])
+                raise ValueError(f"{self.root / 'data'}: expected {len(values)} rows, got {found}")
             for row in np.flatnonzero(columns[key] != values)[:1]:
-                found = columns[key][row]
-                raise ValueError(f"{data}: expected {key} {values[row]} in row {row}, got {found}")
-        if unknown := sorted(set(columns.get("task_index", np.empty(0)).tolist()) - set(self.tasks)):
-            raise ValueError(f"{data}: expected a task_index of {self.tasks}, got {unknown}")
+                path, first = self._data_file(row)
+                expect = f"{key} {values[row]} in row {row - first}"
+                raise ValueError(f"{path}: expected {expect}, got {columns[key][row]}")
+        for row in np.flatnonzero(~np.isin(columns.get("task_index", []), list(self.tasks)))[:1]:
+            path, first = self._data_file(row)
+            expect = f"the task_index of one of {len(self.tasks)} tasks in row {row - first}"
+            raise ValueError(f"{path}: expected {expect}, got {columns['task_index'][row]}")
 
-
-def _to_numpy(column: pa.ChunkedArray, feature: Feature, where: str) -> np.ndarray:
-    """A column of numbers, or of lists of them, as [rows, *shape], or [rows] for scalars."""
-    shape = (len(column),) if feature.shape == (1,) else (len(column), *feature.shape)
-    values = _innermost(column.combine_chunks())
-    if values.null_count or len(values) != math.prod(shape):
-        found = f"{len(values) - values.null_count} numbers"
-        raise ValueError(f"{where}: expected {list(shape)} without nulls, got {found}")
-    if feature.dtype == "string":
-        return np.array(values.to_pylist(), dtype=object).reshape(shape)
-    try:
-        numbers = values.to_numpy(zero_copy_only=False)
-        return numbers.astype(feature.dtype, casting="same_kind").reshape(shape)
-    except TypeError:
-        raise ValueError(f"{where}: expected {feature.dtype}, got {column.type}") from None
-
-
-def _innermost(values: pa.Array) -> pa.Array:
-    """The numbers in lists of lists of ... them."""
-    if isinstance(values, pa.ExtensionArray):  # `datasets` makes one for matrices
-        return _innermost(values.storage)
-    if isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        return _innermost(values.flatten())
-    return values
-
-
-def _read_image(path: Path, column: str, row: int) -> UInt8[np.ndarray, "H W 3"]:
-    """One image out of a parquet file, which holds them as encoded files."""
-    modified = path.stat().st_mtime_ns
-    starts = _row_group_starts(path, modified)
-    group = bisect.bisect_right(starts, row) - 1
-    try:
-        image = _read_row_group(path, modified, column, group)[row - starts[group]].as_py()
-        return np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
-    except (TypeError, KeyError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: expected an image in row {row} of {column}") from error
-
-
-@lru_cache(maxsize=256)
-def _row_group_starts(path: Path, modified: int) -> list[int]:
-    """First row of each row group; `modified` is the file's time, so that a new file is read."""
-    metadata = pq.read_metadata(path)
-    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return [0, *itertools.accumulate(lengths)][:-1]
-
-
-@lru_cache(maxsize=8)
-def _read_row_group(path: Path, modified: int, column: str, group: int) -> pa.ChunkedArray:
-    """A column of the row group, the smallest part of a parquet file that can be read."""
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, [column])[column]
+    def _data_file(self, frame: int) -> tuple[Path, int]:
+        """The data file that holds a frame, and its first frame."""
+        paths = [(path, first) for path, first in self._first_frames.items() if first <= frame]
+        return paths[-1]

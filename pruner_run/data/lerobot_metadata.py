@@ -5,45 +5,15 @@ Everything is checked here against itself, so that a dataset that loads is one w
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pruner_run.data.lerobot_features import CAMERA_DTYPES, INDEX_FEATURES, Feature
+from pruner_run.data.lerobot_table import read_parquet
 
 VERSIONS = ("v2.1", "v3.0")
-CAMERA_DTYPES = ("image", "video")
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One column of a dataset, or one camera.
-
-    Attributes:
-        dtype: A NumPy dtype's name, "string", "image" (in the parquet file) or "video" (in an mp4).
-        shape: Shape of one frame's value; a camera's is [H, W, 3].
-        names: Names along the axes, as LeRobot has them (for vectors one name an element).
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    names: Any = None
-
-    @property
-    def is_camera(self) -> bool:
-        return self.dtype in CAMERA_DTYPES
-
-
-INDEX_FEATURES = {
-    "timestamp": Feature("float32", (1,)),
-    "frame_index": Feature("int64", (1,)),
-    "episode_index": Feature("int64", (1,)),
-    "index": Feature("int64", (1,)),
-    "task_index": Feature("int64", (1,)),
-}
-"""The columns that every dataset has beside its own."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +68,8 @@ def read_metadata(root: Path) -> Metadata:
     info = _read_json(path)
     version = _require(info, "codebase_version", str, path)
     if version not in VERSIONS:
-        raise ValueError(f"{path}: expected codebase_version {' or '.join(VERSIONS)}, got {version}")
+        expected = " or ".join(VERSIONS)
+        raise ValueError(f"{path}: expected codebase_version {expected}, got {version}")
     features = _read_features(info, path)
     videos = [key for key, feature in features.items() if feature.dtype == "video"]
     read_tasks, read_episodes = {
@@ -233,27 +204,6 @@ def _file(root: Path, info: dict, template: str, **place: Any) -> Path:
     except (KeyError, IndexError) as error:
         expected = ", ".join(place)
         raise ValueError(f"{path}: expected {template} of {expected}, got {error}") from error
-
-
-def read_parquet(
-    path: Path, columns: Sequence[str] | None = None, *, require: Collection[str] = ()
-) -> pa.Table:
-    """A parquet file's columns, all unless given, with errors that name the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no parquet file or lacks one of the required columns.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a parquet file, found none")
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if missing := sorted(set(require) - set(names)):
-                raise ValueError(f"{path}: expected the columns {missing}, got {names}")
-            return file.read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a parquet file, got a damaged one") from error
 
 
 def _read_json(path: Path) -> dict:

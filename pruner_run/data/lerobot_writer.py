@@ -4,7 +4,7 @@ A dataset appears complete or not at all: it is written beside its place and ren
 are those of all frames, where lerobot averages the quantiles of the episodes.
 """
 
-import io
+import contextlib
 import json
 import shutil
 import uuid
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from pruner_run.data.lerobot_metadata import INDEX_FEATURES, Feature
+from pruner_run.data.lerobot_features import INDEX_FEATURES, Feature
 from pruner_run.data.lerobot_stats import column_stats, image_histogram, image_stats
+from pruner_run.data.lerobot_table import make_schema, to_arrow
 from pruner_run.data.video import LEROBOT_ENCODING, Encoding, VideoWriter
 
 FILES_PER_CHUNK = 1000
@@ -58,14 +58,13 @@ def write_dataset(
         raise FileExistsError(f"{root}: expected a folder that does not exist yet")
     partial = root.parent / f".{root.name}.{uuid.uuid4().hex}.partial"
     writer = _Writer(partial, fps=fps, features=dict(features), encoding=encoding)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)  # nothing there after a success
+        stack.callback(writer.close)
         for episode in episodes:
             writer.add(episode)
         writer.finish(robot_type)
         partial.rename(root)
-    finally:
-        writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Writer:
@@ -93,7 +92,7 @@ class _Writer:
         number = len(self._rows)
         length = _check_episode(episode, self._features, f"episode {number}")
         columns = {
-            key: np.asarray(episode[key], None if feature.dtype == "string" else feature.dtype)
+            key: np.asarray(episode[key], _numpy_dtype(feature))
             for key, feature in self._features.items()
             if not feature.is_camera
         }
@@ -214,7 +213,7 @@ class _Files:
         self._features = features | INDEX_FEATURES
         path = root / DATA_PATH.format(**self._place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._schema = _schema(self._features)
+        self._schema = make_schema(self._features)
         self._data = pq.ParquetWriter(path, self._schema, compression="snappy")
         self._data_bytes = 0
         self._videos = {
@@ -229,11 +228,9 @@ class _Files:
             if feature.dtype == "video"
         }
 
-    def add(
-        self, columns: dict[str, np.ndarray], cameras: dict[str, np.ndarray]
-    ) -> dict[str, Any]:
+    def add(self, columns: dict[str, np.ndarray], cameras: dict[str, np.ndarray]) -> dict[str, Any]:
         """Appends an episode; returns where it went, as meta/episodes says it."""
-        place = {f"data/{name}": value for name, value in self._place.items()}
+        place: dict[str, Any] = {f"data/{name}": value for name, value in self._place.items()}
         for key, video in self._videos.items():
             start = video.frames / self._fps
             for image in cameras[key]:
@@ -243,7 +240,7 @@ class _Files:
             place[f"videos/{key}/to_timestamp"] = video.frames / self._fps
         values = columns | cameras
         table = pa.table(
-            [_to_arrow(values[field.name], field.type) for field in self._schema],
+            [to_arrow(values[field.name], field.type) for field in self._schema],
             schema=self._schema,
         )
         has_images = "image" in _dtypes(self._features)
@@ -277,9 +274,16 @@ def _check_episode(episode: Mapping[str, Any], features: dict[str, Feature], whe
         if values.shape[1:] != shape:
             expected, got = ["T", *shape], ["T", *values.shape[1:]]
             raise ValueError(f"{where}: expected {key} of shape {expected}, got {got}")
-        if feature.is_camera and values.dtype != np.uint8:
-            raise ValueError(f"{where}: expected {key} of dtype uint8, got {values.dtype}")
+        dtype, casting = _numpy_dtype(feature), "no" if feature.is_camera else "same_kind"
+        if not np.can_cast(values.dtype, dtype, casting):
+            raise ValueError(f"{where}: expected {key} of dtype {dtype}, got {values.dtype}")
     return max(lengths.values())
+
+
+def _numpy_dtype(feature: Feature) -> np.dtype:
+    if feature.is_camera:
+        return np.dtype(np.uint8)
+    return np.dtype(str if feature.dtype == "string" else feature.dtype)
 
 
 def _dtypes(features: Mapping[str, Feature]) -> set[str]:
@@ -288,50 +292,6 @@ def _dtypes(features: Mapping[str, Feature]) -> set[str]:
 
 def _is_number(values: np.ndarray) -> bool:
     return values.dtype.kind in "biuf"
-
-
-IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def _schema(features: dict[str, Feature]) -> pa.Schema:
-    """Arrow's types, and in the metadata those of Hugging Face's `datasets`.
-
-    Without the latter an image is just a struct to lerobot. Its older versions know no "List".
-    """
-    fields, described = [], {}
-    for key, feature in features.items():
-        if feature.dtype == "video":
-            continue
-        if feature.dtype == "image":
-            fields.append(pa.field(key, IMAGE_TYPE))
-            described[key] = {"_type": "Image"}
-            continue
-        kind = pa.from_numpy_dtype(feature.dtype) if feature.dtype != "string" else pa.string()
-        what = {"dtype": feature.dtype, "_type": "Value"}
-        if feature.shape != (1,):
-            if len(feature.shape) != 1:
-                raise ValueError(f"features: expected vectors, got {key} of {feature.shape}")
-            kind = pa.list_(kind, feature.shape[0])
-            what = {"feature": what, "length": feature.shape[0], "_type": "Sequence"}
-        fields.append(pa.field(key, kind))
-        described[key] = what
-    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": described}})})
-
-
-def _to_arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    if kind == IMAGE_TYPE:
-        rows = [{"bytes": _to_png(image), "path": None} for image in values]
-        return pa.array(rows, IMAGE_TYPE)
-    if pa.types.is_fixed_size_list(kind):
-        flat = pa.array(values.ravel(), kind.value_type)
-        return pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
-    return pa.array(values, kind)
-
-
-def _to_png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return file.getvalue()
 
 
 def _write_tasks(path: Path, tasks: dict[str, int]) -> None:

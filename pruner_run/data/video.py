@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -58,7 +58,8 @@ class VideoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"g": str(encoding.gop), "crf": str(encoding.crf)}
         self._container = av.open(str(path), "w")
-        self._stream = self._container.add_stream(encoding.codec, rate=fps, options=options)
+        stream = self._container.add_stream(encoding.codec, rate=fps, options=options)
+        self._stream = cast(av.VideoStream, stream)
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = encoding.pixel_format
         self.frames = 0
@@ -118,8 +119,8 @@ def _decode_from(path: Path, start: float) -> Iterator[tuple[float, av.VideoFram
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError(f"{path}: expected a video stream, found none")
-        stream = container.streams.video[0]
         # the tenth of a millisecond is for a key frame that lies at `start` but for rounding
-        container.seek(round((start + 1e-4) / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            yield float(frame.pts * stream.time_base), frame
+        container.seek(round((start + 1e-4) * av.time_base))
+        for frame in container.decode(video=0):
+            assert frame.time is not None, "every frame in an mp4 has a time"
+            yield frame.time, frame

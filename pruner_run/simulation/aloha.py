@@ -1,6 +1,6 @@
 """gym-aloha's transfer-cube with three cameras: the robot, the physics and the renders.
 
-Two things differ from `gym_aloha.AlohaEnv`. It renders three 480×640 images at every one of its 50
+Two things differ from `gym_aloha.AlohaEnv`. It renders three 640x480 images at every one of its 50
 steps a second, wanted or not; here images are made by `render` only. And shadows and multisampling
 are off, which makes software rendering about ten times faster. Data and evaluation have to see the
 same renders, so both use this class.
@@ -15,11 +15,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 SIMULATION_FPS = 50
-STATE_NAMES = tuple(
-    f"{arm}_{joint}"
-    for arm in ("left", "right")
-    for joint in "waist shoulder elbow forearm_roll wrist_angle wrist_rotate gripper".split()
-)
+ARMS = ("left", "right")
+JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+STATE_NAMES = tuple(f"{arm}_{joint}" for arm in ARMS for joint in JOINTS)
 CAMERAS = {  # the model's name -> the name in gym-aloha's scene
     "base_0_rgb": "top",
     "left_wrist_0_rgb": "left_wrist",
@@ -63,8 +61,8 @@ class TransferCube:
 
     def step(self, action: Float[np.ndarray, "14"]) -> int:
         """Holds the joint targets for one control step; returns the reward (4 is success)."""
-        if np.shape(action) != (len(STATE_NAMES),):
-            raise ValueError(f"action: expected shape ({len(STATE_NAMES)},), got {np.shape(action)}")
+        if (shape := np.shape(action)) != (len(STATE_NAMES),):
+            raise ValueError(f"action: expected shape ({len(STATE_NAMES)},), got {shape}")
         for _ in range(self._hold):
             reward = self._environment.step(action).reward
         return reward

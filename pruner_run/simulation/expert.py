@@ -66,8 +66,8 @@ def start_waypoint(arm: Arm, time: float) -> Waypoint:
 def right_waypoints(cube: Float[np.ndarray, "2"]) -> list[Waypoint]:
     """Above the cube, down, close, to the meeting point, let go, back off."""
     around = np.array([*cube, CUBE_HEIGHT])
-    above = around + [0.0, 0.0, 0.08]
-    away = MEETING_POINT + [0.12, 0.0, 0.05]
+    above = around + np.array([0.0, 0.0, 0.08])
+    away = MEETING_POINT + np.array([0.12, 0.0, 0.05])
     down = np.deg2rad(60.0)
     return [
         start_waypoint(RIGHT, 0.0),
@@ -84,8 +84,8 @@ def right_waypoints(cube: Float[np.ndarray, "2"]) -> list[Waypoint]:
 def left_waypoints() -> list[Waypoint]:
     """Beside the meeting point, onto the cube, close, back off with it."""
     upright = np.deg2rad(90.0)  # one finger above and one below, clear of the right arm's
-    beside = MEETING_POINT + [-0.1, 0.0, -0.01]
-    onto = MEETING_POINT + [-0.01, 0.0, -0.01]
+    beside = MEETING_POINT + np.array([-0.1, 0.0, -0.01])
+    onto = MEETING_POINT + np.array([-0.01, 0.0, -0.01])
     return [
         start_waypoint(LEFT, 0.0),
         start_waypoint(LEFT, 2.4),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pruner_run.data.lerobot_metadata import Feature
+from pruner_run.data.lerobot_features import Feature
 from pruner_run.data.lerobot_writer import write_dataset
 from pruner_run.data.video import Encoding
 from pruner_run.simulation import aloha, expert

@@ -1,0 +1,1 @@
+"""Checkpoints between openpi's formats and ours, without JAX and without PyTorch."""

@@ -1,0 +1,1 @@
+"""The parity suite: both backends against the spec, against each other, and against openpi."""

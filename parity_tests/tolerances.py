@@ -1,0 +1,32 @@
+"""What the backends must agree to: the one table of tolerances. They only ever get tighter.
+
+An entry bounds the largest absolute difference over the largest absolute value expected, except for
+gradients, which are bounded in the relative norm of their difference, and where said otherwise.
+"""
+
+TOLERANCES: dict[str, dict[str, float]] = {
+    # The pruner against the float64 reference.
+    "scores": {"float64": 1e-12, "float32": 1e-5},
+    "straight-through output": {"float64": 1e-11, "float32": 1e-5},
+    "straight-through gradient": {"float64": 1e-11, "float32": 1e-5},
+    "diagnostics": {"float64": 1e-11, "float32": 2e-5},
+    # JAX against PyTorch, same weights.
+    "SigLIP": {"float64": 1e-10, "float32": 1e-5},
+    "Gemma layer": {"float64": 1e-10, "float32": 1e-5},
+    "prefix": {"float64": 1e-10, "float32": 1e-5},
+    "loss": {"float64": 1e-10, "float32": 1e-5},
+    "parameter gradient": {"float64": 1e-9, "float32": 1e-4},
+    "sampled actions": {"float64": 1e-9, "float32": 5e-5},
+    # One backend against itself: padding, batching and buckets only change the order of sums.
+    "same computation": {"float64": 1e-12, "float32": 1e-5},
+    # Each backend against openpi's JAX model, absolute; gradients by relative norm.
+    "openpi": {"float32": 3e-5},
+    "openpi gradient": {"float32": 1e-4},
+    # Against LightVLA's own pruner, absolute, over the largest value.
+    "LightVLA": {"float32": 1e-5},
+}
+
+
+def tolerance(level: str, dtype: str) -> float:
+    """The bound for a level of the table in a dtype."""
+    return TOLERANCES[level][dtype]

@@ -1,0 +1,69 @@
+"""Weights into a model and out of it; the layouts are `pruner_spec.layout`'s."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.reading import open_checkpoint
+from pruner_spec import layout
+from pruner_spec.config import Pi0Config
+from pruner_spec.parameters import parameter_table
+
+if TYPE_CHECKING:
+    from pruner_jax.pi0 import Pi0
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any], config: Pi0Config) -> "Pi0":
+    """A model with the weights of a checkpoint, in the dtypes of the config.
+
+    Args:
+        source: a checkpoint's path (see `convert.reading.open_checkpoint`), or a tree of arrays of
+            JAX or NumPy; in openpi's layouts or ours, the names say which.
+        config: the model the weights are for.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: the path is no checkpoint, or the weights are not exactly those of the config's
+            model; lists all differences, before any array is read.
+    """
+    from pruner_jax.pi0 import Pi0  # here, since pi0 imports this module
+
+    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    named = layout.to_named(tree, config)
+    model = nnx.eval_shape(lambda: Pi0(config, seed=None))
+    assign(model, named)
+    return model
+
+
+def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
+    """A model's parameters by our names, layers stacked, in their dtypes; not to be written to."""
+    parameters = _parameters(model)
+    return {name: np.asarray(parameters[name][...]) for name in parameter_table(model.config)}
+
+
+def assign(model: "Pi0", named: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Gives a model all its parameters, cast to the dtypes it stores them in.
+
+    Args:
+        model: abstract or not; what it had is replaced, one parameter at a time.
+        named: pairs of our name and array [layers, ...], which is copied.
+
+    Raises:
+        ValueError: they are not exactly the model's parameters; the model is then half assigned.
+    """
+    parameters = _parameters(model)
+    assert parameters.keys() == parameter_table(model.config).keys()
+    for parameter, array in layout.stored(named, model.config):
+        parameters[parameter.name].set_value(jnp.array(array))
+
+
+def _parameters(model: "Pi0") -> dict[str, nnx.Param]:
+    return {
+        ".".join(map(str, path)): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param)
+    }

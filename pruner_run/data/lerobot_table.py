@@ -1,0 +1,138 @@
+"""The tables of LeRobot datasets: NumPy to Arrow and back, images among the numbers.
+
+In a parquet file an image is an encoded file in a struct, a vector is a list of fixed length, and
+the schema's metadata says so once more in the words of Hugging Face's `datasets`.
+"""
+
+import bisect
+import io
+import itertools
+import json
+import math
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt8
+from PIL import Image
+
+from pruner_run.data.lerobot_features import Feature
+
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def read_parquet(
+    path: Path, columns: Sequence[str] | None = None, *, require: Collection[str] = ()
+) -> pa.Table:
+    """A parquet file's columns, all unless given, with errors that name the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no parquet file or lacks one of the required columns.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a parquet file, found none")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if missing := sorted(set(require) - set(names)):
+                raise ValueError(f"{path}: expected the columns {missing}, got {names}")
+            return file.read(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a parquet file, got a damaged one") from error
+
+
+def to_numpy(column: pa.ChunkedArray, feature: Feature, where: str) -> np.ndarray:
+    """A column of numbers, or of lists of them, as [rows, *shape], or [rows] for scalars."""
+    shape = (len(column),) if feature.shape == (1,) else (len(column), *feature.shape)
+    values = _innermost(column.combine_chunks())
+    if values.null_count or len(values) != math.prod(shape):
+        found = f"{len(values) - values.null_count} numbers"
+        raise ValueError(f"{where}: expected {list(shape)} without nulls, got {found}")
+    if feature.dtype == "string":
+        return np.array(values.to_pylist(), dtype=object).reshape(shape)
+    try:
+        numbers = values.to_numpy(zero_copy_only=False)
+        return numbers.astype(feature.dtype, casting="same_kind").reshape(shape)
+    except TypeError:
+        raise ValueError(f"{where}: expected {feature.dtype}, got {column.type}") from None
+
+
+def _innermost(values: pa.Array) -> pa.Array:
+    """The numbers in lists of lists of ... them."""
+    if isinstance(values, pa.ExtensionArray):  # `datasets` makes one for matrices
+        return _innermost(values.storage)
+    if isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        return _innermost(values.flatten())
+    return values
+
+
+def read_image(path: Path, column: str, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    """One image out of a parquet file, which holds them as encoded files."""
+    modified = path.stat().st_mtime_ns
+    starts = _row_group_starts(path, modified)
+    group = bisect.bisect_right(starts, row) - 1
+    try:
+        image = _read_row_group(path, modified, column, group)[row - starts[group]].as_py()
+        return np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+    except (TypeError, KeyError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: expected an image in row {row} of {column}") from error
+
+
+@lru_cache(maxsize=256)
+def _row_group_starts(path: Path, modified: int) -> list[int]:
+    """First row of each row group; `modified` is the file's time, so that a new file is read."""
+    metadata = pq.read_metadata(path)
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return [0, *itertools.accumulate(lengths)][:-1]
+
+
+@lru_cache(maxsize=8)
+def _read_row_group(path: Path, modified: int, column: str, group: int) -> pa.ChunkedArray:
+    """A column of the row group, the smallest part of a parquet file that can be read."""
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, [column])[column]
+
+
+def make_schema(features: dict[str, Feature]) -> pa.Schema:
+    """Arrow's types, and in the metadata those of Hugging Face's `datasets`.
+
+    Without the latter an image is just a struct to lerobot. Its older versions know no "List".
+    """
+    fields, described = [], {}
+    for key, feature in features.items():
+        if feature.dtype == "video":
+            continue
+        if feature.dtype == "image":
+            fields.append(pa.field(key, IMAGE_TYPE))
+            described[key] = {"_type": "Image"}
+            continue
+        kind = pa.from_numpy_dtype(feature.dtype) if feature.dtype != "string" else pa.string()
+        what = {"dtype": feature.dtype, "_type": "Value"}
+        if feature.shape != (1,):
+            if len(feature.shape) != 1:
+                raise ValueError(f"features: expected vectors, got {key} of {feature.shape}")
+            kind = pa.list_(kind, feature.shape[0])
+            what = {"feature": what, "length": feature.shape[0], "_type": "Sequence"}
+        fields.append(pa.field(key, kind))
+        described[key] = what
+    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": described}})})
+
+
+def to_arrow(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    if kind == IMAGE_TYPE:
+        rows = [{"bytes": _to_png(image), "path": None} for image in values]
+        return pa.array(rows, IMAGE_TYPE)
+    if pa.types.is_fixed_size_list(kind):
+        flat = pa.array(values.ravel(), kind.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, kind.list_size)
+    return pa.array(values, kind)
+
+
+def _to_png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()

@@ -1,0 +1,109 @@
+"""Weights into a model and out of it; the layouts are `pruner_spec.layout`'s."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.reading import LazyArray, open_checkpoint
+from pruner_spec import layout
+from pruner_spec.config import Pi0Config
+from pruner_spec.parameters import parameter_table
+
+if TYPE_CHECKING:
+    from pruner_torch.pi0 import Pi0
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    config: Pi0Config,
+    *,
+    device: torch.device | str | None = None,
+) -> "Pi0":
+    """A model with the weights of a checkpoint, in the dtypes of the config.
+
+    Args:
+        source: a checkpoint's path (see `convert.reading.open_checkpoint`), or a tree of tensors or
+            of NumPy's arrays; in openpi's layouts or ours, the names say which.
+        config: the model the weights are for.
+        device: where the parameters are to be; None for PyTorch's default.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: the path is no checkpoint, or the weights are not exactly those of the config's
+            model; lists all differences, before any array is read.
+    """
+    from pruner_torch.pi0 import Pi0  # here, since pi0 imports this module
+
+    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    arrays = {name: _readable(leaf) for name, leaf in layout.flatten(tree).items()}
+    named = layout.to_named(arrays, config)
+    with torch.device("meta"):
+        model = Pi0(config, seed=None)
+    assign(model, named, device=device)
+    return model
+
+
+def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
+    """A model's parameters by our names, layers stacked, in their dtypes; a copy."""
+    tensors = model.state_dict()
+    arrays = {}
+    for name, parameter in parameter_table(model.config).items():
+        layers = np.stack([_numpy(tensors[torch_name]) for torch_name in parameter.torch_names])
+        arrays[name] = layers.reshape(parameter.stacked_shape)
+    return arrays
+
+
+def assign(
+    model: "Pi0",
+    named: Iterable[tuple[str, np.ndarray]],
+    *,
+    device: torch.device | str | None = None,
+) -> None:
+    """Gives a model all its parameters, cast to the dtypes it stores them in.
+
+    Args:
+        model: on any device, "meta" too; what it had is replaced, one parameter at a time.
+        named: pairs of our name and array [layers, ...], which is copied.
+        device: where the parameters are to be; None for PyTorch's default.
+
+    Raises:
+        ValueError: they are not exactly the model's parameters; the model is then half assigned.
+    """
+    table = parameter_table(model.config)
+    names = {name for parameter in table.values() for name in parameter.torch_names}
+    assert model.state_dict().keys() == names
+    device = torch.get_default_device() if device is None else device
+    for parameter, array in layout.stored(named, model.config):
+        layers = [array] if parameter.layers is None else array
+        tensors = (_tensor(layer).to(device) for layer in layers)
+        state = dict(zip(parameter.torch_names, tensors, strict=True))
+        model.load_state_dict(state, strict=False, assign=True)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A copy."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    """A view where the tensor is on the CPU."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _readable(leaf: Any) -> Any:
+    """NumPy reads no bfloat16 tensors, none on a GPU, and none that require gradients."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    dtype = np.dtype(str(leaf.dtype).removeprefix("torch."))
+    return LazyArray(tuple(leaf.shape), dtype, lambda index: _numpy(leaf[index]))
