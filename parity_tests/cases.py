@@ -131,3 +131,35 @@ BATCHES = {
         ),
     },
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """A model and a batch: rows of the tables above, by name."""
+
+    pi05: bool
+    pruning: str
+    batch: str
+
+    def config(self, dtype: str) -> Pi0Config:
+        """The tiny model's config."""
+        return tiny_config(dtype=dtype, pi05=self.pi05, **PRUNING[self.pruning])
+
+
+_TWO, _ALL = "2, third camera masked in one", "4, all kinds"
+
+MODEL_CASES = {
+    f"{'pi05' if case.pi05 else 'pi0'}-{case.pruning}-{case.batch}": case
+    for case in (
+        ModelCase(True, "unpruned", _TWO),
+        ModelCase(True, "implicit", _TWO),
+        ModelCase(True, "implicit", "1, one camera"),
+        ModelCase(True, "implicit, joint", _ALL),
+        ModelCase(True, "5 a camera", _ALL),
+        ModelCase(True, "a quarter, joint", _TWO),
+        ModelCase(True, "at least 20", "1"),
+        ModelCase(False, "unpruned", _ALL),
+        ModelCase(False, "implicit", _TWO),
+        ModelCase(False, "a quarter, joint", "1"),
+    )
+}

@@ -159,6 +159,10 @@ class JaxModel:
         with self.backend.precision(self.config.dtype):
             return np.asarray(self.module.sample_actions(observation, noise, **options))
 
+    def stats(self) -> dict[str, Any]:
+        with self.backend.precision(self.config.dtype):
+            return self.module.get_token_pruning_stats()
+
     def compiled(self, function: Any) -> Any:
         """A function of (module, *NumPy arrays), compiled; its result as NumPy arrays."""
         import jax
@@ -211,6 +215,9 @@ class TorchModel:
 
     def sample(self, observation: Observation, noise: np.ndarray, **options: Any) -> np.ndarray:
         return self.module.sample_actions(observation, noise, **options).cpu().numpy()
+
+    def stats(self) -> dict[str, Any]:
+        return self.module.get_token_pruning_stats()
 
     def compiled(self, function: Any) -> Any:
         """A function of (module, *NumPy arrays); its result as NumPy arrays."""

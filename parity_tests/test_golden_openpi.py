@@ -12,7 +12,7 @@ from parity_tests.harness import BACKENDS, Batch, relative_norm
 from parity_tests.record import check
 from pruner_spec import sequence
 from pruner_spec.config import Pi0Config
-from pruner_spec.flow import euler_times
+from pruner_spec.flow import euler_time_embeddings
 from pruner_spec.layout import OPENPI_JAX, from_named
 from pruner_spec.observation import Observation
 
@@ -93,9 +93,10 @@ def everything(module: Any, observation: Any, actions: Any, noise: Any, time: An
         "prefill_v": cache.value,
     }
     states, velocities = [noise], []
-    for moment in euler_times(10):
-        now = time * 0 + float(moment)
-        velocity = module.velocity(prefix, cache, observation.state, states[-1], now)
+    for embedding in euler_time_embeddings(10, module.config.action_expert.width):
+        # Added to zeros, it is an array of the backend's.
+        embedding = observation.state[0, 0] * 0 + embedding
+        velocity = module.velocity(prefix, cache, observation.state, states[-1], embedding)
         velocities.append(velocity)
         states.append(states[-1] + float(np.float32(-0.1)) * velocity)
     steps = {f"denoise_v {step}": v for step, v in enumerate(velocities)}

@@ -44,8 +44,12 @@ class Rotary:
 
 def rotary(positions: Int[Array, "B S"], head_dim: int, dtype: jnp.dtype) -> Rotary:
     """The angles of the positions, in `wide` precision."""
-    timescales = constant(rope_timescales, head_dim, wide(dtype))
-    angles = positions[..., None, None] / timescales
+    timescales = constant(rope_timescales, (head_dim,), wide(dtype))
+    # Dividing by a broadcast array, XLA would multiply by its reciprocal instead, and move angles
+    # of up to 1000 radians by several 1e-5; it does not look through the barrier.
+    shape = (*positions.shape, 1, *timescales.shape)
+    divisors = jax.lax.optimization_barrier(jnp.broadcast_to(timescales, shape))
+    angles = positions[..., None, None] / divisors
     return Rotary(cos=jnp.cos(angles), sin=jnp.sin(angles))
 
 

@@ -5,10 +5,11 @@ same code runs float64, float32, bfloat16, and bfloat16 over float32 master weig
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -25,10 +26,10 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def constant(
-    table: Callable[[int, str], Any], size: int, dtype: jnp.dtype, device: Any = None
-) -> Float[Array, "size"]:
-    """A table of the spec, `table(size, dtype's name)`, as an array."""
-    return jnp.asarray(table(size, jnp.dtype(dtype).name), device=device)
+    table: Callable[..., np.ndarray], sizes: tuple[int, ...], dtype: jnp.dtype
+) -> Float[Array, "*shape"]:
+    """A table of the spec, `table(*sizes, dtype's name)`, as an array."""
+    return jnp.asarray(table(*sizes, jnp.dtype(dtype).name))
 
 
 def stack(make: Callable[[], Module], layers: int) -> Module:

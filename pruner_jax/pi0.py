@@ -308,8 +308,16 @@ class Pi0(nnx.Module):
         time: Float[Array, "B"],
     ) -> Suffix:
         """The action expert's tokens at flow matching time `time`, 1 for noise and 0 for actions."""
+        return self.embed_suffix_at(state, noisy_actions, self.embed_time(time))
+
+    def embed_suffix_at(
+        self,
+        state: Float[Array, "B A"],
+        noisy_actions: Float[Array, "B H A"],
+        embedding: Float[Array, "B E"],
+    ) -> Suffix:
+        """The action expert's tokens for an embedded time."""
         actions = self.action_in_proj(noisy_actions)
-        embedding = self.embed_time(time)
         if self.config.pi05:
             condition = nnx.silu(self.time_mlp_out(nnx.silu(self.time_mlp_in(embedding))))
             return Suffix(tokens=actions.astype(self.dtype), condition=condition)
@@ -322,7 +330,7 @@ class Pi0(nnx.Module):
     def embed_time(self, time: Float[Array, "B"]) -> Float[Array, "B E"]:
         """Sines and cosines of the time; see `pruner_spec.flow.time_embedding`."""
         width = self.config.action_expert.width
-        angles = time[:, None] * constant(time_frequencies, width, time.dtype)
+        angles = time[:, None] * constant(time_frequencies, (width,), time.dtype)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
     def compute_loss(
@@ -402,10 +410,11 @@ class Pi0(nnx.Module):
         cache: KVCache,
         state: Float[Array, "B A"],
         noisy_actions: Float[Array, "B H A"],
-        time: Float[Array, "B"],
+        embedding: Float[Array, "E"],
     ) -> Float[Array, "B H A"]:
-        """One denoising step's velocity, from the cached prefix."""
-        suffix = self.embed_suffix(state, noisy_actions, time)
+        """One denoising step's velocity, from the cached prefix, at an embedded time."""
+        repeated = jnp.broadcast_to(embedding, (state.shape[0], *embedding.shape))
+        suffix = self.embed_suffix_at(state, noisy_actions, repeated)
         mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         output = self.gemma.decode(

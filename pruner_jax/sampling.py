@@ -17,10 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pruner_jax.gemma import KVCache
+from pruner_jax.layers import constant
 from pruner_jax.pruner import Selection, diagnose, most_kept
 from pruner_spec.buckets import PATCH_BUCKETS, bucket
 from pruner_spec.config import CAMERAS
-from pruner_spec.flow import euler_step, euler_times
+from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
 from pruner_spec.stats import kept_counts
 
@@ -104,12 +105,13 @@ def denoise(
 ) -> Float[Array, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
     step = float(euler_step(num_steps))
+    width = model.config.action_expert.width
 
-    def advance(x: Float[Array, "B H A"], moment: Float[Array, ""]) -> tuple[Array, None]:
-        time = jnp.full(x.shape[0], moment, x.dtype)
-        return x + step * model.velocity(prefix, cache, state, x, time), None
+    def advance(x: Float[Array, "B H A"], embedding: Float[Array, "E"]) -> tuple[Array, None]:
+        return x + step * model.velocity(prefix, cache, state, x, embedding), None
 
-    x, _ = jax.lax.scan(advance, noise, jnp.asarray(euler_times(num_steps)))
+    table = constant(euler_time_embeddings, (num_steps, width), noise.dtype)
+    x, _ = jax.lax.scan(advance, noise, table)
     return x
 
 

@@ -33,20 +33,29 @@ def euler_step(num_steps: int) -> np.float32:
     return np.float32(-1.0 / num_steps)
 
 
-def time_frequencies(width: int, dtype: str = "float32") -> Float[np.ndarray, "half_width"]:
-    """Angular frequencies 2π/period of the time embedding, from fast to slow.
+def time_periods(width: int, dtype: str = "float32") -> Float[np.ndarray, "half_width"]:
+    """Periods of the time embedding, from `MIN_PERIOD` to `MAX_PERIOD`.
 
-    In float32 every operation is rounded as openpi rounds it: the fastest period makes angles of
-    1570 radians, where one rounding more or less shows in the fourth digit of the sine.
+    In float32 they are bit for bit openpi's, rounded where XLA rounds: the fastest period makes
+    angles of 1570 radians, so that a last digit of the period shows in the fourth of the sine.
 
     Args:
-        width: width W of the embedding, even.
+        width: width W of the embedding, even and above 2.
         dtype: "float32" or "float64", that of the angles.
     """
     one = np.dtype(dtype).type
-    fraction = np.linspace(0.0, 1.0, width // 2, dtype=dtype)
-    period = one(MIN_PERIOD) * one(MAX_PERIOD / MIN_PERIOD) ** fraction
-    return one(1.0) / period * one(2 * math.pi)
+    count = width // 2
+    # As XLA's linspace: by the reciprocal of the interval, with the end set exactly.
+    fraction = np.arange(count, dtype=dtype) * (one(1) / one(count - 1))
+    fraction[-1] = 1
+    growth = np.power(MAX_PERIOD / MIN_PERIOD, fraction, dtype=np.float64).astype(dtype)
+    return one(MIN_PERIOD) * growth
+
+
+def time_frequencies(width: int, dtype: str = "float32") -> Float[np.ndarray, "half_width"]:
+    """Angular frequencies 2π/period of the time embedding, as openpi's training multiplies them."""
+    one = np.dtype(dtype).type
+    return one(1) / time_periods(width, dtype) * one(2 * math.pi)
 
 
 def time_embedding(
@@ -54,6 +63,21 @@ def time_embedding(
 ) -> Float[np.ndarray, "B W"]:
     """Sines, then cosines, of the time's angles. The reference for the backends' own."""
     angles = time.astype(dtype)[:, None] * time_frequencies(width, dtype)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+def euler_time_embeddings(
+    num_steps: int, width: int, dtype: str = "float32"
+) -> Float[np.ndarray, "steps W"]:
+    """The time embeddings of the Euler steps: a table, the same for every call and backend.
+
+    In float32 the angles are (2π · time) · (1 / period): in openpi's compiled sampling loop, where
+    time is a scalar, XLA multiplies the scalars first. Up to 1e-4 lies between this and
+    `time_embedding`, which is what openpi's training computes.
+    """
+    one = np.dtype(dtype).type
+    scaled = euler_times(num_steps).astype(dtype) * one(2 * math.pi)
+    angles = scaled[:, None] * (one(1) / time_periods(width, dtype))
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
 
 

@@ -59,6 +59,6 @@ def rope_timescales(head_dim: int, dtype: str = "float32") -> Float[np.ndarray, 
         head_dim: width of a head, even.
         dtype: "float32" or "float64", that of the angles.
     """
-    one = np.dtype(dtype).type
-    exponents = one(2.0 / head_dim) * np.arange(head_dim // 2, dtype=dtype)
-    return one(ROPE_MAX_WAVELENGTH) ** exponents
+    exponents = np.dtype(dtype).type(2.0 / head_dim) * np.arange(head_dim // 2, dtype=dtype)
+    # In float64, then rounded once: NumPy's power in float32 is not rounded correctly, XLA's is.
+    return np.power(ROPE_MAX_WAVELENGTH, exponents, dtype=np.float64).astype(dtype)

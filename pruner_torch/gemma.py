@@ -40,7 +40,7 @@ class Rotary:
 
 def rotary(positions: Int[Tensor, "B S"], head_dim: int, dtype: torch.dtype) -> Rotary:
     """The angles of the positions, in `wide` precision."""
-    timescales = constant(rope_timescales, head_dim, wide(dtype), positions.device)
+    timescales = constant(rope_timescales, (head_dim,), wide(dtype), positions.device)
     angles = positions[..., None, None] / timescales
     return Rotary(cos=angles.cos(), sin=angles.sin())
 

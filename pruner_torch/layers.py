@@ -25,11 +25,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def constant(
-    table: Callable[[int, str], np.ndarray], size: int, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "size"]:
-    """A table of the spec, `table(size, dtype's name)`, copied to the device once."""
+    table: Callable[..., np.ndarray],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Float[Tensor, "*shape"]:
+    """A table of the spec, `table(*sizes, dtype's name)`, copied to the device once."""
     with torch.inference_mode(False):
-        return torch.from_numpy(table(size, str(dtype).removeprefix("torch."))).to(device)
+        return torch.from_numpy(table(*sizes, str(dtype).removeprefix("torch."))).to(device)
 
 
 def stack(make: Callable[[], nn.Module], layers: int) -> nn.ModuleList:

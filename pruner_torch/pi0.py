@@ -292,8 +292,16 @@ class Pi0(nn.Module):
         time: Float[Tensor, "B"],
     ) -> Suffix:
         """The action expert's tokens at flow matching time `time`, 1 for noise and 0 for actions."""
+        return self.embed_suffix_at(state, noisy_actions, self.embed_time(time))
+
+    def embed_suffix_at(
+        self,
+        state: Float[Tensor, "B A"],
+        noisy_actions: Float[Tensor, "B H A"],
+        embedding: Float[Tensor, "B E"],
+    ) -> Suffix:
+        """The action expert's tokens for an embedded time."""
         actions = self.action_in_proj(noisy_actions)
-        embedding = self.embed_time(time)
         if self.config.pi05:
             condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
             return Suffix(tokens=actions.to(self.dtype), condition=condition)
@@ -305,7 +313,7 @@ class Pi0(nn.Module):
     def embed_time(self, time: Float[Tensor, "B"]) -> Float[Tensor, "B E"]:
         """Sines and cosines of the time; see `pruner_spec.flow.time_embedding`."""
         width = self.config.action_expert.width
-        angles = time[:, None] * constant(time_frequencies, width, time.dtype, time.device)
+        angles = time[:, None] * constant(time_frequencies, (width,), time.dtype, time.device)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
     def compute_loss(
@@ -385,10 +393,11 @@ class Pi0(nn.Module):
         cache: KVCache,
         state: Float[Tensor, "B A"],
         noisy_actions: Float[Tensor, "B H A"],
-        time: Float[Tensor, "B"],
+        embedding: Float[Tensor, "E"],
     ) -> Float[Tensor, "B H A"]:
-        """One denoising step's velocity, from the cached prefix."""
-        suffix = self.embed_suffix(state, noisy_actions, time)
+        """One denoising step's velocity, from the cached prefix, at an embedded time."""
+        repeated = embedding.expand(state.shape[0], -1)
+        suffix = self.embed_suffix_at(state, noisy_actions, repeated)
         mask, positions = self.attention(prefix)
         length = prefix.tokens.shape[1]
         output = self.gemma.decode(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pruner_spec.buckets import PATCH_BUCKETS, bucket
 from pruner_spec.config import CAMERAS
-from pruner_spec.flow import euler_step, euler_times
+from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
 from pruner_spec.stats import kept_counts
 from pruner_torch.gemma import KVCache
+from pruner_torch.layers import constant
 from pruner_torch.pruner import Selection, diagnose, most_kept
 
 if TYPE_CHECKING:
@@ -99,10 +100,10 @@ def denoise(
 ) -> Float[Tensor, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
     step = float(euler_step(num_steps))
+    width = model.config.action_expert.width
     x = noise
-    for moment in euler_times(num_steps).tolist():
-        time = x.new_full((x.shape[0],), moment)
-        x = x + step * model.velocity(prefix, cache, state, x, time)
+    for embedding in constant(euler_time_embeddings, (num_steps, width), x.dtype, x.device):
+        x = x + step * model.velocity(prefix, cache, state, x, embedding)
     return x
 
 

@@ -1,0 +1,54 @@
+"""`pruner_jax` as the application sees it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pruner_jax import checkpoint
+from pruner_jax.pi0 import Pi0
+from pruner_run.backend import Pruned
+from pruner_spec.config import Pi0Config
+from pruner_spec.observation import Observation
+
+
+class JaxBackend:
+    """JAX, on its default device."""
+
+    name = "jax"
+    title = "JAX"
+
+    def __init__(self) -> None:
+        self.device = jax.default_backend()
+
+    def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "JaxModel":
+        return JaxModel(checkpoint.load(parameters, config))
+
+
+class JaxModel:
+    """A `Pi0`, NumPy in and out."""
+
+    def __init__(self, model: Pi0) -> None:
+        self._model = model
+
+    def sample_actions(
+        self, observation: Observation, noise: np.ndarray, num_steps: int
+    ) -> np.ndarray:
+        return np.asarray(self._model.sample_actions(observation, jnp.asarray(noise), num_steps))
+
+    def pruned(self) -> Pruned:
+        _, encoded, selection = self._model.record.last
+        return Pruned(
+            patches=np.asarray(encoded.patches),
+            prompt=np.asarray(encoded.prompt),
+            prompt_mask=np.asarray(encoded.prompt_mask),
+            kept=np.asarray(selection.kept).reshape(encoded.patches.shape[:3]),
+        )
+
+    def stats(self) -> dict[str, Any]:
+        return self._model.get_token_pruning_stats()
+
+
+create = JaxBackend

@@ -1,0 +1,54 @@
+"""`pruner_torch` as the application sees it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pruner_run.backend import Pruned
+from pruner_spec.config import Pi0Config
+from pruner_spec.observation import Observation
+from pruner_torch import checkpoint
+from pruner_torch.pi0 import Pi0
+
+
+class TorchBackend:
+    """PyTorch, on its default device."""
+
+    name = "torch"
+    title = "PyTorch"
+
+    def __init__(self) -> None:
+        self.device = torch.get_default_device().type
+
+    def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "TorchModel":
+        return TorchModel(checkpoint.load(parameters, config))
+
+
+class TorchModel:
+    """A `Pi0`, NumPy in and out."""
+
+    def __init__(self, model: Pi0) -> None:
+        self._model = model
+
+    def sample_actions(
+        self, observation: Observation, noise: np.ndarray, num_steps: int
+    ) -> np.ndarray:
+        actions = self._model.sample_actions(observation, torch.as_tensor(noise), num_steps)
+        return actions.cpu().numpy()
+
+    def pruned(self) -> Pruned:
+        _, encoded, selection = self._model.record.last
+        return Pruned(
+            patches=encoded.patches.cpu().numpy(),
+            prompt=encoded.prompt.cpu().numpy(),
+            prompt_mask=encoded.prompt_mask.cpu().numpy(),
+            kept=selection.kept.cpu().numpy().reshape(encoded.patches.shape[:3]),
+        )
+
+    def stats(self) -> dict[str, Any]:
+        return self._model.get_token_pruning_stats()
+
+
+create = TorchBackend
