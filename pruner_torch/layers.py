@@ -23,7 +23,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def constant(
     table: Callable[..., np.ndarray],
     sizes: tuple[int, ...],
@@ -31,6 +31,16 @@ def constant(
     device: torch.device,
 ) -> Float[Tensor, "*shape"]:
     """A table of the spec, `table(*sizes, dtype's name)`, copied to the device once."""
+    return _copied(table, sizes, dtype, device)
+
+
+@functools.cache
+def _copied(
+    table: Callable[..., np.ndarray],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Float[Tensor, "*shape"]:
     with torch.inference_mode(False):
         return torch.from_numpy(table(*sizes, str(dtype).removeprefix("torch."))).to(device)
 
