@@ -74,7 +74,9 @@ PRUNER_CASES = {
         PrunerCase("short prompts", 3, 49, 20, valid_task=(20, 7, 1)),
         PrunerCase("empty prompt", 2, 36, 12, valid_task=(0, 12)),
         PrunerCase("masked cameras", 4, 48, 16, valid_patches=(48, 36, 16, 0)),
-        PrunerCase("all masks", 4, 64, 200, valid_patches=(64, 1, 0, 40), valid_task=(200, 5, 3, 0)),
+        PrunerCase(
+            "all masks", 4, 64, 200, valid_patches=(64, 1, 0, 40), valid_task=(200, 5, 3, 0)
+        ),
         PrunerCase("one camera", 1, 256, 48),
         PrunerCase("three cameras", 2, 768, 200, valid_patches=(768, 512), valid_task=(50, 200)),
         PrunerCase("full width", 1, 256, 32, width=2048),

@@ -282,8 +282,7 @@ def draw_batch(
     prompt_mask = np.arange(config.max_token_len)[None, :] < np.array(lengths)[:, None]
     observation = Observation(
         images={
-            camera: generator.uniform(-1, 1, (size, 224, 224, 3)).astype(wide)
-            for camera in CAMERAS
+            camera: generator.uniform(-1, 1, (size, 224, 224, 3)).astype(wide) for camera in CAMERAS
         },
         image_masks={
             camera: np.array([sample[place] for sample in present])

@@ -21,7 +21,9 @@ def check(level: str, dtype: str, who: str, measured: float, case: str = "") -> 
     key = json.dumps([level, dtype, who])
     _reached[key] = max(measured, _reached.get(key, 0.0))
     bound = tolerance(level, dtype)
-    assert measured <= bound, f"{level} {dtype} {who} {case}: {measured:.2e}, expected <= {bound:.0e}"
+    assert measured <= bound, (
+        f"{level} {dtype} {who} {case}: {measured:.2e}, expected <= {bound:.0e}"
+    )
 
 
 def report(level: str, dtype: str, who: str, value: float) -> None:

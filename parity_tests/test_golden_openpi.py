@@ -158,9 +158,7 @@ def test_every_denoising_step(golden, outputs):
 
 
 def test_masks(golden, outputs):
-    np.testing.assert_array_equal(
-        outputs["prefix_input_mask"], golden.numbers["prefix_input_mask"]
-    )
+    np.testing.assert_array_equal(outputs["prefix_input_mask"], golden.numbers["prefix_input_mask"])
     assert not golden.numbers["prefix_ar_mask"].any()
     place = np.arange(golden.config.suffix_length)
     np.testing.assert_array_equal(

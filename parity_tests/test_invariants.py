@@ -90,9 +90,7 @@ def test_the_result_does_not_depend_on_the_bucket(backend, scope, capacity):
     "budget", [{"token_prune_keep_ratio": 1.0}, {"token_prune_keep_tokens": 49}], ids=str
 )
 def test_keeping_all_is_exactly_unpruned(backend, dtype, scope, budget):
-    pruned = tiny_config(
-        dtype=dtype, token_pruning_enabled=True, token_prune_scope=scope, **budget
-    )
+    pruned = tiny_config(dtype=dtype, token_pruning_enabled=True, token_prune_scope=scope, **budget)
     unpruned = tiny_config(dtype=dtype)
     batch = draw_batch(pruned)
     model = model_of(backend, pruned)
@@ -115,7 +113,9 @@ def test_an_empty_prompt_keeps_everything(backend):
     assert stats["kept_per_sample"][0] == 98
     assert stats["kept_per_sample"][1] < 147
     unpruned = model_of(backend, tiny_config()).sample(batch.observation, batch.noise)
-    check("same computation", "float64", f"{backend.name}, empty prompt", error(found[0], unpruned[0]))
+    check(
+        "same computation", "float64", f"{backend.name}, empty prompt", error(found[0], unpruned[0])
+    )
 
 
 @backends

@@ -60,7 +60,9 @@ def test_scores_of_bfloat16_tokens_are_float32_scores_of_the_rounded_tokens(back
         ]
     assert found.dtype == np.float32
     expected = reference.importance_score(*rounded, inputs.task_mask)
-    check("scores", "float32", f"{backend.name}, bfloat16 tokens | reference", error(found, expected))
+    check(
+        "scores", "float32", f"{backend.name}, bfloat16 tokens | reference", error(found, expected)
+    )
 
 
 @backends
@@ -142,9 +144,7 @@ def test_straight_through(backend, case, dtype, noisy):
             lambda patches, task: (prune(patches, task).tokens * cotangent).sum(), patches, task
         )
     who = f"{backend.name} | reference"
-    check(
-        "straight-through output", dtype, who, relative_norm(output, expected.output), case.name
-    )
+    check("straight-through output", dtype, who, relative_norm(output, expected.output), case.name)
     for found, want in zip(gradients, (expected.grad_patches, expected.grad_task), strict=True):
         check("straight-through gradient", dtype, who, relative_norm(found, want), case.name)
 

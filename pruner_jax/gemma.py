@@ -83,8 +83,9 @@ class AdaptiveRMSNorm(nnx.Module):
         self.modulation = Linear(width, 3 * width)
 
     def __call__(
-        self, x: Float[Array, "B S D"], condition: Float[Array, "B D"]
+        self, x: Float[Array, "B S D"], condition: Float[Array, "B D"] | None
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B 1 D"]]:
+        assert condition is not None
         scale, shift, gate = jnp.split(self.modulation(condition)[:, None], 3, axis=-1)
         normed = _rms_normalize(x)
         return (normed * (1 + scale) + shift).astype(x.dtype), gate.astype(x.dtype)
@@ -109,8 +110,14 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array]:
         """Queries [B, S, K, head_dim], keys and values [B, S, G, head_dim]."""
-        q, k, v = (map_to(x) for map_to in (self.query, self.key, self.value))
-        return tuple(y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))
+        return (
+            self._heads(self.query(x)),
+            self._heads(self.key(x)),
+            self._heads(self.value(x)),
+        )
+
+    def _heads(self, y: Float[Array, "B S KH"]) -> Float[Array, "B S K H"]:
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
 
 class Mlp(nnx.Module):

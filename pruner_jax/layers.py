@@ -85,9 +85,7 @@ def attend(
     """
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
-    logits = jnp.einsum(
-        "bsgkh,btgh->bgkst", grouped, key, preferred_element_type=wide(query.dtype)
-    )
+    logits = jnp.einsum("bsgkh,btgh->bgkst", grouped, key, preferred_element_type=wide(query.dtype))
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, MASKED_LOGIT)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)

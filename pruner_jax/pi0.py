@@ -112,7 +112,7 @@ class Pi0(nnx.Module):
     """
 
     def __init__(self, config: Pi0Config, *, seed: int | None = 0) -> None:
-        if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        if config.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 'dtype: float64 needs jax.config.update("jax_enable_x64", True), got it disabled'
             )
@@ -307,7 +307,7 @@ class Pi0(nnx.Module):
         noisy_actions: Float[Array, "B H A"],
         time: Float[Array, "B"],
     ) -> Suffix:
-        """The action expert's tokens at flow matching time `time`, 1 for noise and 0 for actions."""
+        """The action expert's tokens at a flow matching time, 1 for noise and 0 for actions."""
         return self.embed_suffix_at(state, noisy_actions, self.embed_time(time))
 
     def embed_suffix_at(
@@ -369,9 +369,7 @@ class Pi0(nnx.Module):
         _, output = self.joint(prefix, suffix)
         return jnp.square(self._velocity(output) - (noise - actions)).mean(axis=-1)
 
-    def attention(
-        self, prefix: Prefix
-    ) -> tuple[Bool[Array, "B S+H S+H"], Int[Array, "B S+H"]]:
+    def attention(self, prefix: Prefix) -> tuple[Bool[Array, "B S+H S+H"], Int[Array, "B S+H"]]:
         """Mask and positions of the whole sequence, prefix and suffix."""
         batch, length = prefix.valid.shape
         place = jnp.arange(length + self.config.suffix_length)
@@ -446,7 +444,10 @@ class Pi0(nnx.Module):
         return jnp.asarray(array).astype(wide(self.dtype))
 
     def _velocity(self, output: Float[Array, "B H E"]) -> Float[Array, "B H A"]:
-        return self.action_out_proj(output[:, -self.config.action_horizon :].astype(wide(self.dtype)))
+        return self.action_out_proj(
+            output[:, -self.config.action_horizon :].astype(wide(self.dtype))
+        )
+
 
 def _merge(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """x with `axis` and the axis after it as one."""

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax.layers import wide
@@ -67,7 +68,7 @@ class PrunedSequence:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """What shows that a selection has collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
+    """What shows that a selection collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
 
     top_votes: Int[Array, "B"]
     top_votes_share: Float[Array, "B"]
@@ -157,9 +158,7 @@ def select_straight_through(
     return _straight_through(scores, patch_mask, noise)
 
 
-def pack(
-    patches: Float[Array, "B N D"], selection: Selection, capacity: int
-) -> PrunedPatches:
+def pack(patches: Float[Array, "B N D"], selection: Selection, capacity: int) -> PrunedPatches:
     """The kept patches in their order, then padding, at a static length.
 
     Patches of a sample whose scores were not finite become NaN, as its actions would without
@@ -320,7 +319,7 @@ def most_kept(selection: Selection, limit: int) -> int:
     Raises:
         NonFiniteScoresError: the scores were not finite.
     """
-    if isinstance(selection.kept, jax.core.Tracer):
+    if isinstance(selection.kept, Tracer):
         return limit
     facts = jnp.stack([selection.kept.sum(axis=-1).max(), selection.nonfinite.sum()])
     most, nonfinite = facts.tolist()
@@ -425,15 +424,13 @@ def _count_nonfinite(
 
 
 def _check_finite(nonfinite: Int[Array, "B"], scores: Float[Array, "B N N"]) -> None:
-    if isinstance(nonfinite, jax.core.Tracer):
+    if isinstance(nonfinite, Tracer):
         return
     if count := int(nonfinite.sum()):
         raise NonFiniteScoresError(count, tuple(scores.shape))
 
 
-def _mean_gap(
-    scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]
-) -> Float[Array, "B"]:
+def _mean_gap(scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]) -> Float[Array, "B"]:
     """Mean over valid rows of the first minus the second score; 0 where only one is valid."""
     if scores.shape[-1] == 1:
         return jnp.zeros(scores.shape[0], scores.dtype)

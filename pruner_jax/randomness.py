@@ -46,7 +46,7 @@ def _to_uint32(name: str, values: Shaped[Any, "*shape"], ndim: int) -> UInt32[Ar
 
 
 def _wrap(keys: UInt32[Array, "*batch 2"]) -> PRNGKeyArray:
-    if not jax.config.jax_threefry_partitionable:
+    if not jax.config.jax_threefry_partitionable:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("jax_threefry_partitionable: expected True, JAX's default, got False")
     return jax.random.wrap_key_data(keys, impl="threefry2x32")
 

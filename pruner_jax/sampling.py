@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from pruner_jax.gemma import KVCache
@@ -60,7 +61,7 @@ def sample_actions(
     noise = jnp.asarray(noise).astype(observation.state.dtype)
     graph, weights = nnx.split(model)
     encoded, selection = _encode(graph, weights, observation, plan)
-    if model.token_pruning_enabled and not isinstance(noise, jax.core.Tracer):
+    if model.token_pruning_enabled and not isinstance(noise, Tracer):
         model.record.last = (plan.cameras, encoded, selection)
     room = capacity(model, encoded, selection)
     return _act(graph, weights, encoded, selection, observation.state, noise, room, num_steps)
@@ -69,15 +70,13 @@ def sample_actions(
 def plan_of(observation: Observation) -> EncodingPlan:
     """Which cameras and how much of the prompt to encode; when traced, all."""
     masks = [observation.image_masks[camera] for camera in CAMERAS]
-    if any(isinstance(x, jax.core.Tracer) for x in (*masks, observation.tokenized_prompt_mask)):
+    if any(isinstance(x, Tracer) for x in (*masks, observation.tokenized_prompt_mask)):
         return EncodingPlan(CAMERAS, observation.tokenized_prompt.shape[1])
     masks, prompt_mask = jax.device_get((masks, observation.tokenized_prompt_mask))
     return plan_encoding(np.stack(masks, axis=1), prompt_mask)
 
 
-def prune(
-    model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None
-) -> "Prefix":
+def prune(model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
     """The prefix at inference, packed to `capacity`; None where the config does not prune."""
     if capacity is None:
         return model.assemble(encoded)

@@ -62,7 +62,9 @@ class SigLip(nnx.Module):
     def __init__(self, variant: VisionVariant, outputs: int) -> None:
         self.patch_size = variant.patch_size
         self.patch_embedding = Linear(variant.patch_size**2 * 3, variant.width)
-        self.position_embedding = nnx.Param(jnp.zeros((variant.num_patches, variant.width), jnp.float32))
+        self.position_embedding = nnx.Param(
+            jnp.zeros((variant.num_patches, variant.width), jnp.float32)
+        )
         self.blocks = stack(lambda: Block(variant), variant.depth)
         self.final_norm = LayerNorm(variant.width)
         self.head = Linear(variant.width, outputs)
@@ -100,6 +102,4 @@ def patchify(
     """
     rows, columns = (size // patch_size for size in images.shape[1:3])
     whole = images[:, : rows * patch_size, : columns * patch_size]
-    return rearrange(
-        whole, "b (r p) (c q) d -> b (r c) (p q d)", p=patch_size, q=patch_size
-    )
+    return rearrange(whole, "b (r p) (c q) d -> b (r c) (p q d)", p=patch_size, q=patch_size)

@@ -58,9 +58,7 @@ GEMMA_VARIANTS = {
     "gemma_300m": GemmaVariant(
         width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256
     ),
-    "dummy": GemmaVariant(
-        width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16
-    ),
+    "dummy": GemmaVariant(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
     "tiny": GemmaVariant(
         width=72, depth=3, mlp_dim=136, num_heads=6, num_kv_heads=2, head_dim=20, vocab_size=1024
     ),
@@ -194,9 +192,7 @@ class Pi0Config:
     def prunes_at_inference(self) -> bool:
         """False also for a budget that holds every patch: selecting would change nothing."""
         budget = self.keep_budget
-        return self.token_pruning_enabled and (
-            budget is None or budget < self.vision.num_patches
-        )
+        return self.token_pruning_enabled and (budget is None or budget < self.vision.num_patches)
 
     def _check_model(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Flow matching's clock: the Euler schedule, the time embedding, and the pruner's noise schedule."""
+"""Flow matching's clock: the Euler schedule, the time embedding, the pruner's noise schedule."""
 
 import math
 

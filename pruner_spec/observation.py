@@ -141,7 +141,7 @@ def plan_encoding(
     camera_mask: Bool[np.ndarray, "B C"], prompt_mask: Bool[np.ndarray, "B L"]
 ) -> EncodingPlan:
     """The plan for a batch. A batch without any camera keeps the first, masked as it is."""
-    present = [camera for camera, any_of in zip(CAMERAS, camera_mask.any(axis=0)) if any_of]
+    present = [camera for place, camera in enumerate(CAMERAS) if camera_mask[:, place].any()]
     places = np.flatnonzero(prompt_mask.any(axis=0))
     longest = int(places[-1]) + 1 if places.size else 0
     return EncodingPlan(

@@ -123,7 +123,9 @@ def _gemma(config: Pi0Config) -> Iterator[Parameter]:
 
 def _expert(name: str, variant: GemmaVariant, *, adaptive: bool) -> Iterator[Parameter]:
     width, layers = variant.width, variant.depth
-    heads, kv_heads = (count * variant.head_dim for count in (variant.num_heads, variant.num_kv_heads))
+    heads, kv_heads = (
+        count * variant.head_dim for count in (variant.num_heads, variant.num_kv_heads)
+    )
     layer = f"{name}.layers"
     yield from _rms_norm(f"{layer}.attention_norm", width, adaptive, layers)
     yield Parameter(f"{layer}.attention.query.kernel", (width, heads), layers)

@@ -71,7 +71,7 @@ def importance_score(
     queries = rms_normalize(task_queries(patches, task, task_mask))
     scores = np.einsum("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
     each_its_own = math.sqrt(width) * np.eye(patches.shape[1])
-    return np.where(task_mask.any(axis=-1)[:, None, None], scores, each_its_own)
+    return np.where(_has_any(task_mask), scores, each_its_own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def prune_for_training(
     soft = _masked_softmax(noisy, counted)
     grad_weights = np.einsum("bnd,bmd->bnm", cotangent, patches)
     grad_scores = _softmax_vjp(soft, grad_weights)
-    grad_scores *= task_mask.any(axis=-1)[:, None, None]
+    grad_scores *= _has_any(task_mask)
     through_patches, grad_task = _score_vjp(patches, task, task_mask, grad_scores)
     return TrainingSelection(
         output=np.einsum("bnm,bmd->bnd", weights, patches),
@@ -270,6 +270,10 @@ def _mean_gap(
     counted = patch_mask & (patch_mask.sum(axis=-1, keepdims=True) > 1)
     gap = np.where(counted, first, 0.0) - np.where(counted, second, 0.0)
     return gap.sum(axis=-1) / counted.sum(axis=-1).clip(1)
+
+
+def _has_any(task_mask: Bool[np.ndarray, "B T"]) -> Bool[np.ndarray, "B 1 1"]:
+    return np.asarray(task_mask.any(axis=-1))[:, None, None]
 
 
 def _masked_softmax(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:

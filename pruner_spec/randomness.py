@@ -75,7 +75,7 @@ def stream_key(
 def stream_base_key(seed: int, step: int, stream: str) -> UInt32[np.ndarray, "2"]:
     """The key that all samples share, before their index is folded in. Arguments as above."""
     key = fold_in(seed_key(seed), to_uint32("step", step, ndim=0))
-    return fold_in(key, stream_id(stream))
+    return fold_in(key, np.asarray(stream_id(stream)))
 
 
 def seed_key(seed: int) -> UInt32[np.ndarray, "2"]:

@@ -1,4 +1,4 @@
-"""What users see of the pruning: how many patches were kept, and whether the selection collapsed."""
+"""What users see of the pruning: how many patches were kept, and whether it collapsed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jaxtyping import Bool
 
 @dataclasses.dataclass(eq=False)
 class PrunerRecord:
-    """What a model remembers between calls; compared by identity, so that it compiles as a constant.
+    """What a model remembers between calls; compared by identity, so that JAX sees a constant.
 
     Attributes:
         noise_scale: set by a user in place of the config's or the schedule's; None where not.

@@ -77,8 +77,9 @@ class AdaptiveRMSNorm(nn.Module):
         self.modulation = Linear(width, 3 * width)
 
     def forward(
-        self, x: Float[Tensor, "B S D"], condition: Float[Tensor, "B D"]
+        self, x: Float[Tensor, "B S D"], condition: Float[Tensor, "B D"] | None
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B 1 D"]]:
+        assert condition is not None
         scale, shift, gate = self.modulation(condition)[:, None].chunk(3, dim=-1)
         normed = _rms_normalize(x)
         return (normed * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
@@ -104,8 +105,14 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Tensor, "B S D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, K, head_dim], keys and values [B, S, G, head_dim]."""
-        q, k, v = (map_to(x) for map_to in (self.query, self.key, self.value))
-        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return (
+            self._heads(self.query(x)),
+            self._heads(self.key(x)),
+            self._heads(self.value(x)),
+        )
+
+    def _heads(self, y: Float[Tensor, "B S KH"]) -> Float[Tensor, "B S K H"]:
+        return y.unflatten(-1, (-1, self.head_dim))
 
 
 class Mlp(nn.Module):

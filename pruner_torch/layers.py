@@ -6,6 +6,7 @@ same code runs float64, float32, bfloat16, and bfloat16 over float32 master weig
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ def _copied(
         return torch.from_numpy(table(*sizes, str(dtype).removeprefix("torch."))).to(device)
 
 
-def stack(make: Callable[[], nn.Module], layers: int) -> nn.ModuleList:
-    """`layers` modules of one kind, one after the other."""
+def stack(make: Callable[[], nn.Module], layers: int) -> Any:
+    """`layers` modules of one kind, one after the other: an `nn.ModuleList`, which is untyped."""
     return nn.ModuleList(make() for _ in range(layers))
 
 

@@ -47,7 +47,7 @@ class PI0Pytorch(nn.Module):
     ) -> None:
         super().__init__()
         self.pi0 = Pi0(Pi0Config.from_fields(config), seed=seed, device=device)
-        self.last_kept_per_sample: Int[Tensor, "B"] | None = None
+        self.last_kept_per_sample: Tensor | None = None
         self.register_load_state_dict_pre_hook(_rename_from_openpi)
 
     @property
@@ -151,9 +151,7 @@ class PI0Pytorch(nn.Module):
         capacity = sampling.capacity(self.pi0, encoded, selection)
         return sampling.prune(self.pi0, encoded, selection, capacity)
 
-    def _draw_pruner_noise(
-        self, batch: int, cameras: int
-    ) -> Float[Tensor, "*pools N N"] | None:
+    def _draw_pruner_noise(self, batch: int, cameras: int) -> Float[Tensor, "*pools N N"] | None:
         scale = self.pi0.token_pruner_noise_scale
         if not (self.training and self.token_pruning_enabled and scale > 0):
             return None

@@ -201,7 +201,9 @@ class Pi0(nn.Module):
         batch, _, patches = encoded.patches.shape[:3]
         if not self.config.prunes_at_inference:
             everything = encoded.camera_mask.repeat_interleave(patches, dim=1)
-            return Selection(kept=everything, nonfinite=everything.new_zeros(batch, dtype=int))
+            return Selection(
+                kept=everything, nonfinite=everything.new_zeros(batch, dtype=torch.int64)
+            )
         budget = None
         if self.config.token_prune_scope == "joint" and self.config.keep_budget is not None:
             budget = self.config.keep_budget * encoded.camera_mask.sum(dim=-1)
@@ -291,7 +293,7 @@ class Pi0(nn.Module):
         noisy_actions: Float[Tensor, "B H A"],
         time: Float[Tensor, "B"],
     ) -> Suffix:
-        """The action expert's tokens at flow matching time `time`, 1 for noise and 0 for actions."""
+        """The action expert's tokens at a flow matching time, 1 for noise and 0 for actions."""
         return self.embed_suffix_at(state, noisy_actions, self.embed_time(time))
 
     def embed_suffix_at(
@@ -352,9 +354,7 @@ class Pi0(nn.Module):
         _, output = self.joint(prefix, suffix)
         return (self._velocity(output) - (noise - actions)).square().mean(dim=-1)
 
-    def attention(
-        self, prefix: Prefix
-    ) -> tuple[Bool[Tensor, "B S+H S+H"], Int[Tensor, "B S+H"]]:
+    def attention(self, prefix: Prefix) -> tuple[Bool[Tensor, "B S+H S+H"], Int[Tensor, "B S+H"]]:
         """Mask and positions of the whole sequence, prefix and suffix."""
         batch, length = prefix.valid.shape
         place = torch.arange(length + self.config.suffix_length, device=prefix.valid.device)

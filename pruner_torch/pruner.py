@@ -64,7 +64,7 @@ class PrunedSequence:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """What shows that a selection has collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
+    """What shows that a selection collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
 
     top_votes: Int[Tensor, "B"]
     top_votes_share: Float[Tensor, "B"]
@@ -154,9 +154,7 @@ def select_straight_through(
     return _straight_through(scores, patch_mask, noise)
 
 
-def pack(
-    patches: Float[Tensor, "B N D"], selection: Selection, capacity: int
-) -> PrunedPatches:
+def pack(patches: Float[Tensor, "B N D"], selection: Selection, capacity: int) -> PrunedPatches:
     """The kept patches in their order, then padding, at a static length.
 
     Patches of a sample whose scores were not finite become NaN, as its actions would without

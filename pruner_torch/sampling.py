@@ -70,9 +70,7 @@ def plan_of(observation: Observation) -> EncodingPlan:
     return plan_encoding(both[:, : len(CAMERAS)], both[:, len(CAMERAS) :])
 
 
-def prune(
-    model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None
-) -> "Prefix":
+def prune(model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
     """The prefix at inference, packed to `capacity`; None where the config does not prune."""
     if capacity is None:
         return model.assemble(encoded)

@@ -100,6 +100,4 @@ def patchify(
     """
     rows, columns = (size // patch_size for size in images.shape[1:3])
     whole = images[:, : rows * patch_size, : columns * patch_size]
-    return rearrange(
-        whole, "b (r p) (c q) d -> b (r c) (p q d)", p=patch_size, q=patch_size
-    )
+    return rearrange(whole, "b (r p) (c q) d -> b (r c) (p q d)", p=patch_size, q=patch_size)

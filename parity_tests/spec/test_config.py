@@ -214,6 +214,14 @@ def test_an_error_shows_what_was_expected_and_what_was_found():
         Pi0Config(token_prune_min_keep=16, token_prune_keep_tokens=5, token_prune_scope="joint")
 
 
+@pytest.mark.parametrize("name", ["depth", "num_heads", "num_kv_heads", "head_dim"])
+def test_experts_that_cannot_attend_jointly_are_refused(monkeypatch, name):
+    expert = dataclasses.replace(spec.GEMMA_VARIANTS["tiny_expert"], **{name: 7})
+    monkeypatch.setitem(spec.GEMMA_VARIANTS, "tiny_expert", expert)
+    with pytest.raises(ValueError, match=rf"^action_expert_variant: .*the {name} of 'tiny' .* 7$"):
+        tiny_config()
+
+
 def test_from_an_openpi_config():
     """Its fields are taken, what only openpi has is ignored, and what it lacks is the default."""
     theirs = types.SimpleNamespace(
