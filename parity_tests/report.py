@@ -1,6 +1,6 @@
 """Writes `docs/parity.md`: runs the suite and tables what it reached.
 
-    python -m parity_tests.report [pytest's arguments]
+python -m parity_tests.report [pytest's arguments]
 """
 
 import collections

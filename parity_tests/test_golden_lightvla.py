@@ -93,7 +93,9 @@ def test_sequences_at_any_batch_size(backend, train):
         arrays = (tokens[rows], positions[rows], attention[rows])
         noise = backend.array(inputs["noise"][rows]) if train else None
         pruned = pruner(*map(backend.array, arrays), noise=noise, train=train)
-        return [backend.numpy(x) for x in (pruned.tokens, pruned.position_ids, pruned.attention_mask)]
+        return [
+            backend.numpy(x) for x in (pruned.tokens, pruned.position_ids, pruned.attention_mask)
+        ]
 
     together = run(slice(0, 2))
     for sample in range(2):
@@ -107,9 +109,7 @@ def test_sequences_at_any_batch_size(backend, train):
             continue
         assert (np.diff(kept) > 0).all()
         assert alone[0].shape[1] == 1 + valid_alone.sum() + (~attention[sample]).sum() - 1
-        np.testing.assert_array_equal(
-            found_tokens(together, sample), tokens[sample][kept - 3]
-        )
+        np.testing.assert_array_equal(found_tokens(together, sample), tokens[sample][kept - 3])
 
 
 def found_tokens(arrays: list[np.ndarray], sample: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from parity_tests.golden import fill, golden_inputs
 from parity_tests.harness import BACKENDS, Batch, relative_norm
 from parity_tests.record import check
+from parity_tests.tolerances import tolerance
 from pruner_spec import sequence
 from pruner_spec.config import Pi0Config
 from pruner_spec.flow import euler_time_embeddings
@@ -179,7 +180,8 @@ def test_gradients(backend):
         expected, norm = numbers[f"{name}#slice"], float(numbers[f"{name}#norm"])
         if name.endswith("key/bias"):  # 0 in exact arithmetic: what is there is rounding
             query = float(numbers[name.replace("key", "query") + "#norm"])
-            assert max(norm, np.linalg.norm(flat)) < 1e-4 * query
+            bound = tolerance("vanishing gradient", "float32") * query
+            assert max(norm, np.linalg.norm(flat)) <= bound
             continue
         who = f"{backend} | openpi"
         check("openpi gradient", "float32", who, relative_norm(part, expected), name)

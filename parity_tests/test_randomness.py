@@ -5,27 +5,19 @@ import os
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+
+import jax.numpy as jnp
 
 import pruner_jax.randomness as jax_randomness
 import pruner_torch.randomness as torch_randomness
+from parity_tests.tolerances import tolerance
 from pruner_spec import randomness as spec
 from pruner_spec.randomness import Stream
-
-# Float32 ulps are a fair measure near 0 too: normals and powers are products whose every factor has
-# a small relative error.
-TOLERANCES = {
-    "uniform_ulps": 0,
-    "normal_ulps": 3,
-    "beta_ulps": 1,
-    "flow_matching_time_ulps": 2,
-    "normal_quantile": 2.5e-5,  # of XLA's polynomials from the exact quantile, near ±3.76
-    "moment_sigmas": 4.0,
-}
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1)
 SHAPES = ((), (1,), (7,), (3, 5), (33, 31, 3))
@@ -82,7 +74,7 @@ def assert_draws_agree(found: dict[str, np.ndarray], expected: dict[str, np.ndar
         if name == "random_bits":
             assert_identical(drawn, expected[name])
         else:
-            assert ulps(drawn, expected[name]) <= TOLERANCES[f"{name}_ulps"], name
+            assert ulps(drawn, expected[name]) <= tolerance(f"random {name}", "ulps"), name
 
 
 def ulps(found, expected) -> int:
@@ -170,7 +162,7 @@ def test_draws_are_those_of_jax(shape):
     assert_identical(spec.uniform(keys, shape)[0], jax.random.uniform(key, shape, jnp.float32))
     normal = jax.random.normal(key, shape, jnp.float32)
     assert_identical(jax_randomness.normal(jnp.asarray(keys), shape)[0], normal)
-    assert ulps(spec.normal(keys, shape)[0], normal) <= TOLERANCES["normal_ulps"]
+    assert ulps(spec.normal(keys, shape)[0], normal) <= tolerance("random normal", "ulps")
 
 
 @x64
@@ -194,7 +186,7 @@ def draw_all(backend, monkeypatch, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ["beta", "flow_matching_time"])
 def test_powers_agree_for_every_uniform(backend, name, monkeypatch):
     found, expected = (draw_all(module, monkeypatch, name) for module in (backend, spec))
-    assert ulps(found, expected) <= TOLERANCES[f"{name}_ulps"]
+    assert ulps(found, expected) <= tolerance(f"random {name}", "ulps")
     assert found.min() >= 0.0
     assert found.max() < 1.0
 
@@ -204,8 +196,8 @@ def test_normals_agree_for_every_uniform(monkeypatch):
     found, expected = (draw_all(module, monkeypatch, "normal") for module in modules)
     symmetric = every_uniform() * 2.0 + spec.LOWEST_ABOVE_MINUS_ONE
     of_jax = jax.jit(lambda x: math.sqrt(2.0) * jax.lax.erf_inv(x))(symmetric)
-    assert ulps(found, expected) <= TOLERANCES["normal_ulps"]
-    assert ulps(of_jax, expected) <= TOLERANCES["normal_ulps"]
+    assert ulps(found, expected) <= tolerance("random normal", "ulps")
+    assert ulps(of_jax, expected) <= tolerance("random normal", "ulps")
 
 
 def test_normals_are_quantiles(monkeypatch):
@@ -216,7 +208,7 @@ def test_normals_are_quantiles(monkeypatch):
     tails = np.array([math.erfc(abs(half)) for half in halves])
     slope = 2.0 * np.exp(-np.square(halves)) / math.sqrt(2.0 * math.pi)
     error = (tails - (1.0 - np.abs(symmetric))) / slope
-    assert np.abs(error).max() <= TOLERANCES["normal_quantile"]
+    assert np.abs(error).max() <= tolerance("random normal, quantile", "float32")
 
 
 # Samples on their own
@@ -328,7 +320,7 @@ def test_moments(name, mean, variance, fourth):
     draw = getattr(spec, name)
     alpha = {"alpha": ALPHA} if name == "beta" else {}
     x = draw(keys, (2**14,), **alpha).astype(np.float64) - mean
-    sigma = TOLERANCES["moment_sigmas"] / math.sqrt(x.size)
+    sigma = tolerance("random moments", "sigmas") / math.sqrt(x.size)
     assert abs(x.mean()) <= sigma * math.sqrt(variance)
     assert abs(np.square(x).mean() - variance) <= sigma * math.sqrt(fourth - variance**2)
 
@@ -340,7 +332,7 @@ def test_samples_steps_and_streams_are_uncorrelated():
     x = spec.normal(np.concatenate(keys), (2**12,)).astype(np.float64)
     correlation = np.corrcoef(x)[np.triu_indices(len(x), k=1)]
     # Of n(n-1)/2 pairs the largest is beyond one pair's bound by √(2 ln pairs).
-    bound = TOLERANCES["moment_sigmas"] + math.sqrt(2 * math.log(len(correlation)))
+    bound = tolerance("random moments", "sigmas") + math.sqrt(2 * math.log(len(correlation)))
     assert np.abs(correlation).max() <= bound / math.sqrt(x.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Data, prompts, simulation, training and serving: everything around the model, in NumPy.
+"""The application: data, tokenizer, demo and command line.
 
-Nothing here imports JAX or PyTorch; the backends are behind a protocol.
+Nothing here imports JAX or PyTorch, but `backend_jax` and `backend_torch` when they are chosen.
 """

@@ -6,6 +6,7 @@ same here; the `token_prune_*` fields are the names users of the published Light
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal, Self
 
 IMAGE_SIZE = 224
@@ -73,14 +74,14 @@ _VISION_TOWERS = {
 }
 
 
-def gemma_variant(name: str) -> GemmaVariant:
+def gemma_variant(name: str, field: str = "variant") -> GemmaVariant:
     """The sizes of a Gemma variant.
 
     Raises:
-        ValueError: there is no such variant.
+        ValueError: there is no such variant; names the field it was given for.
     """
     if name not in GEMMA_VARIANTS:
-        raise ValueError(f"Gemma variant: expected one of {sorted(GEMMA_VARIANTS)}, got {name!r}")
+        raise ValueError(f"{field}: expected one of {sorted(GEMMA_VARIANTS)}, got {name!r}")
     return GEMMA_VARIANTS[name]
 
 
@@ -170,11 +171,11 @@ class Pi0Config:
 
     @property
     def paligemma(self) -> GemmaVariant:
-        return gemma_variant(self.paligemma_variant)
+        return gemma_variant(self.paligemma_variant, "paligemma_variant")
 
     @property
     def action_expert(self) -> GemmaVariant:
-        return gemma_variant(self.action_expert_variant)
+        return gemma_variant(self.action_expert_variant, "action_expert_variant")
 
     @property
     def suffix_length(self) -> int:
@@ -195,6 +196,9 @@ class Pi0Config:
         return self.token_pruning_enabled and (budget is None or budget < self.vision.num_patches)
 
     def _check_model(self) -> None:
+        for name in ("pi05", "discrete_state_input", "token_pruning_enabled"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
         _ = self.vision  # unknown variants raise
@@ -212,13 +216,13 @@ class Pi0Config:
     def _check_pruning(self) -> None:
         patches = self.vision.num_patches
         scale, ratio = self.token_prune_noise_scale, self.token_prune_keep_ratio
-        if not (math.isfinite(scale) and scale >= 0):
+        if not (_is_number(scale) and math.isfinite(scale) and scale >= 0):
             raise ValueError(f"token_prune_noise_scale: expected a number >= 0, got {scale!r}")
         if self.token_prune_scope not in ("camera", "joint"):
             raise ValueError(
                 f"token_prune_scope: expected 'camera' or 'joint', got {self.token_prune_scope!r}"
             )
-        if ratio is not None and not 0 < ratio <= 1:
+        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
             raise ValueError(f"token_prune_keep_ratio: expected 0 < ratio <= 1, got {ratio!r}")
         if ratio is not None and self.token_prune_keep_tokens is not None:
             raise ValueError(
@@ -244,6 +248,10 @@ class Pi0Config:
             )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

@@ -1,6 +1,7 @@
 """Flow matching's clock: the Euler schedule, the time embedding, the pruner's noise schedule."""
 
 import math
+import numbers
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -28,7 +29,8 @@ def euler_times(num_steps: int) -> Float32[np.ndarray, "steps"]:
 
 def euler_step(num_steps: int) -> np.float32:
     """dt, negative: time runs from 1, where there is only noise, to 0."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+    is_count = isinstance(num_steps, numbers.Integral) and not isinstance(num_steps, bool)
+    if not is_count or num_steps < 1:
         raise ValueError(f"num_steps: expected an integer >= 1, got {num_steps!r}")
     return np.float32(-1.0 / num_steps)
 
@@ -36,8 +38,9 @@ def euler_step(num_steps: int) -> np.float32:
 def time_periods(width: int, dtype: str = "float32") -> Float[np.ndarray, "half_width"]:
     """Periods of the time embedding, from `MIN_PERIOD` to `MAX_PERIOD`.
 
-    In float32 they are bit for bit openpi's, rounded where XLA rounds: the fastest period makes
-    angles of 1570 radians, so that a last digit of the period shows in the fourth of the sine.
+    In float32 they are bit for bit openpi's at the widths of all its experts, rounded where XLA
+    rounds: the fastest period makes angles of 1570 radians, so that a last digit of the period
+    shows in the fourth of the sine.
 
     Args:
         width: width W of the embedding, even and above 2.

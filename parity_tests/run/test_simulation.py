@@ -7,12 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from parity_tests.tolerances import tolerance
 from pruner_run.assets import DEMO_EPISODE
 from pruner_run.data.lerobot import LeRobotDataset
 from pruner_run.simulation import aloha, expert
-
-POSITION_ERROR = 1e-5  # metres
-CODEC_ERROR = 3.0  # mean absolute difference of 8-bit values after lossy compression
 
 needs_simulator = pytest.mark.skipif(
     importlib.util.find_spec("gym_aloha") is None, reason="gym-aloha is not installed"
@@ -80,7 +78,9 @@ def test_the_joints_bring_the_pinch_point_where_it_should_be():
         link = f"vx300s_{name}/gripper_link"
         rotation = physics.named.data.xmat[link].reshape(3, 3)
         pinch = physics.named.data.xpos[link] + 0.135 * rotation[:, 0]
-        np.testing.assert_allclose(pinch, position, atol=POSITION_ERROR)
+        np.testing.assert_allclose(
+            pinch, position, rtol=0, atol=tolerance("inverse kinematics", "float64")
+        )
 
 
 @pytest.mark.sim
@@ -120,6 +120,6 @@ def test_replaying_the_shipped_actions_gives_the_shipped_states_and_images():
             frame = shipped[index]
             for camera, image in environment.render().items():
                 seen = frame[f"observation.images.{camera}"]
-                assert np.abs(image.astype(float) - seen).mean() < CODEC_ERROR
+                assert np.abs(image.astype(float) - seen).mean() < tolerance("video codec", "uint8")
         reward = environment.step(action)
     assert reward == aloha.SUCCESS
