@@ -4,7 +4,8 @@ import os
 import pathlib
 
 # Read when the frameworks start: the suite is about numbers, on the CPU unless told otherwise.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PLATFORMS", os.environ.get("PARITY_DEVICE", "cpu"))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # A second thread gains a small model little, and costs it much where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

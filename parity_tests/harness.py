@@ -19,6 +19,7 @@ from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_table, random_parameters
 
 WITHOUT = os.environ.get("PARITY_WITHOUT", "").split(",")
+DEVICE = os.environ.get("PARITY_DEVICE", "cpu")  # or "cuda", for both backends
 
 
 class JaxBackend:
@@ -71,6 +72,7 @@ class TorchBackend:
     def full_precision(self) -> None:
         import torch
 
+        torch.set_default_device("cpu" if DEVICE == "cpu" else "cuda")
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
 
