@@ -72,7 +72,8 @@ class TorchBackend:
     def full_precision(self) -> None:
         import torch
 
-        torch.set_default_device("cpu" if DEVICE == "cpu" else "cuda")
+        if DEVICE != "cpu":
+            torch.set_default_device(DEVICE)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
 
