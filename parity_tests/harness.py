@@ -72,8 +72,6 @@ class TorchBackend:
     def full_precision(self) -> None:
         import torch
 
-        if DEVICE != "cpu":
-            torch.set_default_device(DEVICE)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
 
@@ -87,7 +85,7 @@ class TorchBackend:
     def array(self, value: Any, dtype: str | None = None) -> Any:
         import torch
 
-        tensor = torch.tensor(np.asarray(value), device=torch.get_default_device())
+        tensor = torch.tensor(np.asarray(value), device=DEVICE)
         return tensor.to(getattr(torch, dtype)) if dtype and tensor.is_floating_point() else tensor
 
     def numpy(self, value: Any) -> np.ndarray:
@@ -189,7 +187,7 @@ class TorchModel:
         from pruner_torch import checkpoint
 
         self.config, self.backend = config, BACKENDS["torch"]
-        self.module = checkpoint.load(parameters, config)
+        self.module = checkpoint.load(parameters, config, device=DEVICE)
 
     def loss(self, batch: "Batch", **options: Any) -> np.ndarray:
         import torch

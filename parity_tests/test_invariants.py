@@ -236,7 +236,9 @@ def test_torch_compiles_whole_and_recompiles_nothing_within_a_bucket():
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
             found = act(*observe(observation), observation.state, backend.array(batch.noise))
         expected = model.sample(batch.observation, batch.noise, num_steps=2)
-        check("same computation", "float32", "torch, compiled", error(found.numpy(), expected))
+        check(
+            "same computation", "float32", "torch, compiled", error(backend.numpy(found), expected)
+        )
 
 
 def test_buckets_hold_a_whole_prefix():

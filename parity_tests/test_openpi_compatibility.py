@@ -38,7 +38,7 @@ def tiny(**settings: object) -> PI0Pytorch:
     config = tiny_config(dtype="float32", **settings)
     model = PI0Pytorch(config, seed=None)
     weights = parameters(config)
-    model.pi0 = BACKENDS["torch"].model(config, weights).module
+    model.pi0 = BACKENDS["torch"].model(config, weights).module.cpu()
     return model
 
 

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         )
 
     def _heads(self, y: Float[Tensor, "B S KH"]) -> Float[Tensor, "B S K H"]:
-        return y.unflatten(-1, (-1, self.head_dim))
+        return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
 
 class Mlp(nn.Module):

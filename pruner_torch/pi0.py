@@ -174,7 +174,7 @@ class Pi0(nn.Module):
         """Tokens of any number of cameras, all in one vision batch, and of a prompt."""
         patches = self.vision(images.flatten(0, 1), self.dtype, self.gradient_checkpointing)
         return Encoded(
-            patches=patches.unflatten(0, images.shape[:2]),
+            patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
             camera_mask=camera_mask,
             prompt=self.gemma.embedder(prompt, self.dtype),
             prompt_mask=prompt_mask,

@@ -29,7 +29,7 @@ class Attention(nn.Module):
         return self.out(attend(q * q.shape[-1] ** -0.5, k, v))
 
     def _heads(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N K H"]:
-        return x.unflatten(-1, (self.num_heads, -1))
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
 
 class Mlp(nn.Module):
