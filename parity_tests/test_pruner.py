@@ -200,7 +200,9 @@ def test_diagnostics(backend, case, dtype):
     arguments = (inputs.patches, inputs.task, inputs.task_mask, inputs.patch_mask)
     expected = reference.diagnose(*arguments)
     with backend.precision(dtype):
-        found = backend.module("pruner").diagnose(*(backend.array(x, dtype) for x in arguments))
+        found = backend.module("diagnostics").diagnose(
+            *(backend.array(x, dtype) for x in arguments)
+        )
     for field in dataclasses.fields(expected):
         value, want = backend.numpy(getattr(found, field.name)), getattr(expected, field.name)
         measured = float(np.abs(value - want).max() / max(np.abs(want).max(), 1.0))

@@ -105,7 +105,7 @@ class Pi0(nnx.Module):
     Args:
         config: sizes and settings.
         seed: of the initial weights, the same ones in both backends. None leaves the parameters
-            uninitialised, for `checkpoint.load`.
+            zero, or abstract under `nnx.eval_shape`, for `checkpoint.assign`.
 
     Raises:
         ValueError: the config's dtype is float64, and JAX has not been told to compute in it.

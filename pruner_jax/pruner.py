@@ -65,20 +65,9 @@ class PrunedSequence:
     attention_mask: Bool[Array, "B S"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Diagnostics:
-    """What shows that a selection collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
-
-    top_votes: Int[Array, "B"]
-    top_votes_share: Float[Array, "B"]
-    score_gap: Float[Array, "B"]
-    patches_spread: Float[Array, "B"]
-    patches_normalized_spread: Float[Array, "B"]
-    task_spread: Float[Array, "B"]
-    task_normalized_spread: Float[Array, "B"]
-    queries_spread: Float[Array, "B"]
-    queries_normalized_spread: Float[Array, "B"]
+def all_valid(x: Float[Array, "B N _"]) -> Bool[Array, "B N"]:
+    """A mask of x [B, N, ...] in which everything is valid."""
+    return jnp.ones(x.shape[:2], dtype=bool)
 
 
 def rms_normalize(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
@@ -107,12 +96,34 @@ def importance_score(
 
     A sample without a valid task token scores √D for every patch with itself, and 0 elsewhere.
     """
-    task_mask = _all_true(task) if task_mask is None else task_mask
+    task_mask = all_valid(task) if task_mask is None else task_mask
     width, count = patches.shape[-1], patches.shape[1]
     queries = rms_normalize(task_queries(patches, task, task_mask))
     scores = _product("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
     each_its_own = jnp.eye(count, dtype=scores.dtype) * math.sqrt(width)
     return jnp.where(task_mask.any(axis=-1)[:, None, None], scores, each_its_own)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ballot:
+    """How the patches voted, as in `pruner_spec.pruner.Ballot`, without their choices."""
+
+    votes: Int[Array, "B N"]
+    best: Float[Array, "B N"]
+
+
+def vote(scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]) -> Ballot:
+    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
+
+    A row without a finite score casts no vote.
+    """
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & jnp.isfinite(scores)
+    eligible = jnp.where(counted, scores, -jnp.inf)
+    choice = eligible.argmax(axis=-1)
+    ballots = jax.nn.one_hot(choice, scores.shape[-1], dtype=jnp.int32)
+    votes = (ballots * counted.any(axis=-1)[:, :, None]).sum(axis=1)
+    return Ballot(votes=jnp.where(patch_mask, votes, -1), best=eligible.max(axis=1))
 
 
 def select_hard(
@@ -153,7 +164,7 @@ def select_straight_through(
     Raises:
         NonFiniteScoresError: as `select_hard`; compiled, the weights are NaN instead.
     """
-    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    patch_mask = all_valid(scores) if patch_mask is None else patch_mask
     _check_finite(_count_nonfinite(scores, patch_mask), scores)
     return _straight_through(scores, patch_mask, noise)
 
@@ -243,7 +254,7 @@ class ImageTokenPruner:
         noise: Float[Array, "B N N"] | None = None,
     ) -> PrunedPatches:
         """The straight-through selection: row i is the patch that patch i votes for."""
-        patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+        patch_mask = all_valid(patches) if patch_mask is None else patch_mask
         scores = importance_score(patches, task, task_mask)
         weights = _straight_through(scores, patch_mask, noise)
         # In `wide` precision, so that the scores' gradient is not rounded to bfloat16.
@@ -291,7 +302,7 @@ class TokenPruner:
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(length), (batch, length))
         attention_mask = (
-            _all_true(tokens) if attention_mask is None else attention_mask.astype(bool)
+            all_valid(tokens) if attention_mask is None else attention_mask.astype(bool)
         )
         ends = [1, 1 + self.num_patches]
         cls, patches, task = jnp.split(tokens, ends, axis=1)
@@ -328,71 +339,14 @@ def most_kept(selection: Selection, limit: int) -> int:
     return most
 
 
-def diagnose(
-    patches: Float[Array, "B N D"],
-    task: Float[Array, "B T D"],
-    task_mask: Bool[Array, "B T"] | None = None,
-    patch_mask: Bool[Array, "B N"] | None = None,
-) -> Diagnostics:
-    """The diagnostics of a selection by these patches and this task, in `wide` precision."""
-    patches, task = (x.astype(wide(x.dtype)) for x in (patches, task))
-    task_mask = _all_true(task) if task_mask is None else task_mask
-    patch_mask = _all_true(patches) if patch_mask is None else patch_mask
-    scores = importance_score(patches, task, task_mask)
-    queries = task_queries(patches, task, task_mask)
-    top_votes = _vote(scores, patch_mask).votes.max(axis=-1).clip(min=0)
-    return Diagnostics(
-        top_votes=top_votes,
-        top_votes_share=top_votes.astype(scores.dtype) / patch_mask.sum(axis=-1).clip(min=1),
-        score_gap=_mean_gap(scores, patch_mask),
-        patches_spread=spread(patches, patch_mask),
-        patches_normalized_spread=spread(rms_normalize(patches), patch_mask),
-        task_spread=spread(task, task_mask),
-        task_normalized_spread=spread(rms_normalize(task), task_mask),
-        queries_spread=spread(queries, patch_mask),
-        queries_normalized_spread=spread(rms_normalize(queries), patch_mask),
-    )
-
-
-def spread(tokens: Float[Array, "B N D"], mask: Bool[Array, "B N"]) -> Float[Array, "B"]:
-    """Root mean square distance of the valid tokens from their mean, over their rms norm."""
-    weight = mask[:, :, None].astype(tokens.dtype)
-    count = weight.sum(axis=1, keepdims=True).clip(min=1)
-    mean = (tokens * weight).sum(axis=1, keepdims=True) / count
-    distance = (jnp.square(tokens - mean) * weight).sum(axis=(1, 2))
-    norm = (jnp.square(tokens) * weight).sum(axis=(1, 2))
-    return jnp.sqrt(distance / jnp.where(norm > 0, norm, 1.0))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ballot:
-    """How the patches voted, as in `pruner_spec.pruner.Ballot`."""
-
-    votes: Int[Array, "B N"]
-    best: Float[Array, "B N"]
-
-
-def _vote(scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]) -> _Ballot:
-    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
-
-    A row without a finite score casts no vote.
-    """
-    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & jnp.isfinite(scores)
-    eligible = jnp.where(counted, scores, -jnp.inf)
-    choice = eligible.argmax(axis=-1)
-    ballots = jax.nn.one_hot(choice, scores.shape[-1], dtype=jnp.int32)
-    votes = (ballots * counted.any(axis=-1)[:, :, None]).sum(axis=1)
-    return _Ballot(votes=jnp.where(patch_mask, votes, -1), best=eligible.max(axis=1))
-
-
 def _select(
     scores: Float[Array, "B N N"],
     patch_mask: Bool[Array, "B N"] | None,
     keep_tokens: int | Int[Array, "B"] | None,
     min_keep: int,
 ) -> Selection:
-    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
-    ballot = _vote(scores, patch_mask)
+    patch_mask = all_valid(scores) if patch_mask is None else patch_mask
+    ballot = vote(scores, patch_mask)
     elected = (ballot.votes > 0).sum(axis=-1, keepdims=True)
     seats = elected.clip(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
@@ -430,27 +384,12 @@ def _check_finite(nonfinite: Int[Array, "B"], scores: Float[Array, "B N N"]) -> 
         raise NonFiniteScoresError(count, tuple(scores.shape))
 
 
-def _mean_gap(scores: Float[Array, "B N N"], patch_mask: Bool[Array, "B N"]) -> Float[Array, "B"]:
-    """Mean over valid rows of the first minus the second score; 0 where only one is valid."""
-    if scores.shape[-1] == 1:
-        return jnp.zeros(scores.shape[0], scores.dtype)
-    eligible = jnp.where(patch_mask[:, None, :], scores, -jnp.inf)
-    first, second = jnp.moveaxis(jax.lax.top_k(eligible, 2)[0], -1, 0)
-    counted = patch_mask & (patch_mask.sum(axis=-1, keepdims=True) > 1)
-    gap = jnp.where(counted, first, 0.0) - jnp.where(counted, second, 0.0)
-    return gap.sum(axis=-1) / counted.sum(axis=-1).clip(min=1)
-
-
 def _masked_softmax(
     logits: Float[Array, "B N T"], mask: Bool[Array, "B 1 T"]
 ) -> Float[Array, "B N T"]:
     """Softmax over the last axis within the mask; 0 outside it, and where nothing is within."""
     within = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jnp.where(mask, jax.nn.softmax(within, axis=-1), 0.0)
-
-
-def _all_true(x: Float[Array, "B N _"]) -> Bool[Array, "B N"]:
-    return jnp.ones(x.shape[:2], dtype=bool)
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:

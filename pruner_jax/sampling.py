@@ -17,9 +17,10 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from pruner_jax.diagnostics import diagnose
 from pruner_jax.gemma import KVCache
 from pruner_jax.layers import constant
-from pruner_jax.pruner import Selection, diagnose, most_kept
+from pruner_jax.pruner import Selection, most_kept
 from pruner_spec.buckets import PATCH_BUCKETS, bucket
 from pruner_spec.config import CAMERAS
 from pruner_spec.flow import euler_step, euler_time_embeddings
@@ -121,7 +122,7 @@ def stats(model: "Pi0") -> dict[str, Any]:
         enabled: whether the config prunes.
         noise_scale: of the training noise.
         and, after a batch was sampled with pruning enabled: kept_per_sample, kept_per_camera,
-        nonfinite_scores, and diagnostics, `pruner.Diagnostics` as lists: [B][C] in the camera
+        nonfinite_scores, and diagnostics, `Diagnostics` as lists: [B][C] in the camera
         scope, [B][1] in the joint one.
     """
     result: dict[str, Any] = {

@@ -29,7 +29,8 @@ class PI0Pytorch(nn.Module):
 
     Args:
         config: any object with openpi's field names; missing ones get their defaults.
-        seed: of the initial weights; None leaves them uninitialised.
+        seed: of the initial weights; None leaves them without memory, for `load_state_dict` with
+            `assign=True`.
         device: where the parameters are; None for PyTorch's default.
 
     Attributes:

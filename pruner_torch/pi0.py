@@ -86,7 +86,7 @@ class Pi0(nn.Module):
     Args:
         config: sizes and settings.
         seed: of the initial weights, the same ones in both backends. None leaves the parameters
-            uninitialised, for `checkpoint.load`.
+            without memory, on the device "meta", for `checkpoint.assign`.
         device: where the parameters are; None for PyTorch's default.
     """
 

@@ -62,19 +62,9 @@ class PrunedSequence:
     attention_mask: Bool[Tensor, "B S"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Diagnostics:
-    """What shows that a selection collapsed, as in `pruner_spec.pruner.Diagnostics`; [B] each."""
-
-    top_votes: Int[Tensor, "B"]
-    top_votes_share: Float[Tensor, "B"]
-    score_gap: Float[Tensor, "B"]
-    patches_spread: Float[Tensor, "B"]
-    patches_normalized_spread: Float[Tensor, "B"]
-    task_spread: Float[Tensor, "B"]
-    task_normalized_spread: Float[Tensor, "B"]
-    queries_spread: Float[Tensor, "B"]
-    queries_normalized_spread: Float[Tensor, "B"]
+def all_valid(x: Float[Tensor, "B N _"]) -> Bool[Tensor, "B N"]:
+    """A mask of x [B, N, ...] in which everything is valid."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
 def rms_normalize(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -103,12 +93,33 @@ def importance_score(
 
     A sample without a valid task token scores √D for every patch with itself, and 0 elsewhere.
     """
-    task_mask = _all_true(task) if task_mask is None else task_mask
+    task_mask = all_valid(task) if task_mask is None else task_mask
     width, count = patches.shape[-1], patches.shape[1]
     queries = rms_normalize(task_queries(patches, task, task_mask))
     scores = torch.einsum("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
     each_its_own = torch.eye(count, dtype=scores.dtype, device=scores.device) * math.sqrt(width)
     return torch.where(task_mask.any(dim=-1)[:, None, None], scores, each_its_own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ballot:
+    """How the patches voted, as in `pruner_spec.pruner.Ballot`, without their choices."""
+
+    votes: Int[Tensor, "B N"]
+    best: Float[Tensor, "B N"]
+
+
+def vote(scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]) -> Ballot:
+    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
+
+    A row without a finite score casts no vote.
+    """
+    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & torch.isfinite(scores)
+    eligible = torch.where(counted, scores, -torch.inf)
+    choice = eligible.argmax(dim=-1)
+    ballots = torch.zeros(patch_mask.shape, dtype=choice.dtype, device=choice.device)
+    votes = ballots.scatter_add(-1, choice, counted.any(dim=-1).to(choice.dtype))
+    return Ballot(votes=torch.where(patch_mask, votes, -1), best=eligible.amax(dim=1))
 
 
 def select_hard(
@@ -149,7 +160,7 @@ def select_straight_through(
     Raises:
         NonFiniteScoresError: as `select_hard`; compiled, the weights are NaN instead.
     """
-    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
+    patch_mask = all_valid(scores) if patch_mask is None else patch_mask
     _check_finite(_count_nonfinite(scores, patch_mask), scores)
     return _straight_through(scores, patch_mask, noise)
 
@@ -239,7 +250,7 @@ class ImageTokenPruner:
         noise: Float[Tensor, "B N N"] | None = None,
     ) -> PrunedPatches:
         """The straight-through selection: row i is the patch that patch i votes for."""
-        patch_mask = _all_true(patches) if patch_mask is None else patch_mask
+        patch_mask = all_valid(patches) if patch_mask is None else patch_mask
         scores = importance_score(patches, task, task_mask)
         weights = _straight_through(scores, patch_mask, noise)
         # In `wide` precision, so that the scores' gradient is not rounded to bfloat16.
@@ -286,7 +297,7 @@ class TokenPruner:
         batch, length = tokens.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(length, device=tokens.device).expand(batch, length)
-        attention_mask = _all_true(tokens) if attention_mask is None else attention_mask.bool()
+        attention_mask = all_valid(tokens) if attention_mask is None else attention_mask.bool()
         sizes = [1, self.num_patches, length - 1 - self.num_patches]
         cls, patches, task = tokens.split(sizes, dim=1)
         cls_position, patch_position, task_position = position_ids.split(sizes, dim=1)
@@ -322,71 +333,14 @@ def most_kept(selection: Selection, limit: int) -> int:
     return most
 
 
-def diagnose(
-    patches: Float[Tensor, "B N D"],
-    task: Float[Tensor, "B T D"],
-    task_mask: Bool[Tensor, "B T"] | None = None,
-    patch_mask: Bool[Tensor, "B N"] | None = None,
-) -> Diagnostics:
-    """The diagnostics of a selection by these patches and this task, in `wide` precision."""
-    patches, task = (x.to(wide(x.dtype)) for x in (patches, task))
-    task_mask = _all_true(task) if task_mask is None else task_mask
-    patch_mask = _all_true(patches) if patch_mask is None else patch_mask
-    scores = importance_score(patches, task, task_mask)
-    queries = task_queries(patches, task, task_mask)
-    top_votes = _vote(scores, patch_mask).votes.amax(dim=-1).clamp(min=0)
-    return Diagnostics(
-        top_votes=top_votes,
-        top_votes_share=top_votes.to(scores.dtype) / patch_mask.sum(dim=-1).clamp(min=1),
-        score_gap=_mean_gap(scores, patch_mask),
-        patches_spread=spread(patches, patch_mask),
-        patches_normalized_spread=spread(rms_normalize(patches), patch_mask),
-        task_spread=spread(task, task_mask),
-        task_normalized_spread=spread(rms_normalize(task), task_mask),
-        queries_spread=spread(queries, patch_mask),
-        queries_normalized_spread=spread(rms_normalize(queries), patch_mask),
-    )
-
-
-def spread(tokens: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"]) -> Float[Tensor, "B"]:
-    """Root mean square distance of the valid tokens from their mean, over their rms norm."""
-    weight = mask[:, :, None].to(tokens.dtype)
-    count = weight.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = (tokens * weight).sum(dim=1, keepdim=True) / count
-    distance = ((tokens - mean).square() * weight).sum(dim=(1, 2))
-    norm = (tokens.square() * weight).sum(dim=(1, 2))
-    return (distance / torch.where(norm > 0, norm, 1.0)).sqrt()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ballot:
-    """How the patches voted, as in `pruner_spec.pruner.Ballot`."""
-
-    votes: Int[Tensor, "B N"]
-    best: Float[Tensor, "B N"]
-
-
-def _vote(scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]) -> _Ballot:
-    """Every valid patch votes for the valid patch it scores highest; what is not finite does not.
-
-    A row without a finite score casts no vote.
-    """
-    counted = patch_mask[:, :, None] & patch_mask[:, None, :] & torch.isfinite(scores)
-    eligible = torch.where(counted, scores, -torch.inf)
-    choice = eligible.argmax(dim=-1)
-    ballots = torch.zeros(patch_mask.shape, dtype=choice.dtype, device=choice.device)
-    votes = ballots.scatter_add(-1, choice, counted.any(dim=-1).to(choice.dtype))
-    return _Ballot(votes=torch.where(patch_mask, votes, -1), best=eligible.amax(dim=1))
-
-
 def _select(
     scores: Float[Tensor, "B N N"],
     patch_mask: Bool[Tensor, "B N"] | None,
     keep_tokens: int | Int[Tensor, "B"] | None,
     min_keep: int,
 ) -> Selection:
-    patch_mask = _all_true(scores) if patch_mask is None else patch_mask
-    ballot = _vote(scores, patch_mask)
+    patch_mask = all_valid(scores) if patch_mask is None else patch_mask
+    ballot = vote(scores, patch_mask)
     elected = (ballot.votes > 0).sum(dim=-1, keepdim=True)
     seats = elected.clamp(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
@@ -425,26 +379,9 @@ def _check_finite(nonfinite: Int[Tensor, "B"], scores: Float[Tensor, "B N N"]) -
         raise NonFiniteScoresError(count, tuple(scores.shape))
 
 
-def _mean_gap(
-    scores: Float[Tensor, "B N N"], patch_mask: Bool[Tensor, "B N"]
-) -> Float[Tensor, "B"]:
-    """Mean over valid rows of the first minus the second score; 0 where only one is valid."""
-    if scores.shape[-1] == 1:
-        return scores.new_zeros(scores.shape[0])
-    eligible = torch.where(patch_mask[:, None, :], scores, -torch.inf)
-    first, second = eligible.topk(2, dim=-1).values.unbind(dim=-1)
-    counted = patch_mask & (patch_mask.sum(dim=-1, keepdim=True) > 1)
-    gap = torch.where(counted, first, 0.0) - torch.where(counted, second, 0.0)
-    return gap.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
-
-
 def _masked_softmax(
     logits: Float[Tensor, "B N T"], mask: Bool[Tensor, "B 1 T"]
 ) -> Float[Tensor, "B N T"]:
     """Softmax over the last axis within the mask; 0 outside it, and where nothing is within."""
     within = torch.where(mask, logits, torch.finfo(logits.dtype).min)
     return torch.where(mask, within.softmax(dim=-1), 0.0)
-
-
-def _all_true(x: Float[Tensor, "B N _"]) -> Bool[Tensor, "B N"]:
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)

@@ -17,9 +17,10 @@ from pruner_spec.config import CAMERAS
 from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
 from pruner_spec.stats import kept_counts
+from pruner_torch.diagnostics import diagnose
 from pruner_torch.gemma import KVCache
 from pruner_torch.layers import constant
-from pruner_torch.pruner import Selection, diagnose, most_kept
+from pruner_torch.pruner import Selection, most_kept
 
 if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, Pi0, Prefix
@@ -112,7 +113,7 @@ def stats(model: "Pi0") -> dict[str, Any]:
         enabled: whether the config prunes.
         noise_scale: of the training noise.
         and, after a batch was sampled with pruning enabled: kept_per_sample, kept_per_camera,
-        nonfinite_scores, and diagnostics, `pruner.Diagnostics` as lists: [B][C] in the camera
+        nonfinite_scores, and diagnostics, `Diagnostics` as lists: [B][C] in the camera
         scope, [B][1] in the joint one.
     """
     result: dict[str, Any] = {
