@@ -1,7 +1,12 @@
 """Precision switches of the suite; library code never touches them."""
 
+import gc
+import itertools
 import os
 import pathlib
+import sys
+
+import pytest
 
 # Read when the frameworks start: the suite is about numbers, on the CPU unless told otherwise.
 os.environ.setdefault("JAX_PLATFORMS", os.environ.get("PARITY_DEVICE", "cpu"))
@@ -14,6 +19,17 @@ from parity_tests.harness import BACKENDS
 
 for backend in BACKENDS.values():
     backend.full_precision()
+
+_finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_functions():
+    """Compiled functions of hundreds of tests would fill the memory of a small machine."""
+    yield
+    if "jax" in sys.modules and next(_finished) % 20 == 0:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_sessionfinish() -> None:
