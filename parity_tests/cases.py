@@ -91,6 +91,10 @@ BUDGETS = {
 }
 
 
+# The tiny model's variants with adapters, of ranks 9 and 14 and scales 1/2 and 1/4.
+TINY_ADAPTED = {"paligemma_variant": "tiny_lora", "action_expert_variant": "tiny_expert_lora"}
+
+
 def tiny_config(**settings: object) -> Pi0Config:
     """A π0.5 whose sizes are pairwise distinct: 49 patches a camera, layers of 5 and 3."""
     defaults: dict[str, object] = {

@@ -18,8 +18,26 @@ PruneScope = Literal["camera", "joint"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraVariant:
+    """Low-rank adapters beside every kernel of an expert's attention and MLP.
+
+    Attributes:
+        rank: of every adapter; in the attention, of every head's.
+        alpha: the attention's adapters count alpha / rank. The MLP's count 1, as in openpi.
+    """
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """What the attention's adapters are multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaVariant:
-    """Sizes of one Gemma expert."""
+    """Sizes of one Gemma expert, and its adapters if it has any."""
 
     width: int
     depth: int
@@ -28,6 +46,7 @@ class GemmaVariant:
     num_kv_heads: int
     head_dim: int
     vocab_size: int = PALIGEMMA_VOCAB_SIZE
+    lora: LoraVariant | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +71,7 @@ class VisionVariant:
 
 # `tiny` and `tiny_expert` are for tests: every size differs from every other, and heads times
 # head_dim is not the width, so that a swapped axis cannot hide.
-GEMMA_VARIANTS = {
+_GEMMA_VARIANTS = {
     "gemma_2b": GemmaVariant(
         width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256
     ),
@@ -68,29 +87,48 @@ GEMMA_VARIANTS = {
     ),
 }
 
+# As openpi names them. Those of openpi have alpha = rank, the tests' have not.
+_LORA_VARIANTS = {
+    "gemma_2b": LoraVariant(rank=16, alpha=16.0),
+    "gemma_300m": LoraVariant(rank=32, alpha=32.0),
+    "tiny": LoraVariant(rank=9, alpha=4.5),
+    "tiny_expert": LoraVariant(rank=14, alpha=3.5),
+}
+
+GEMMA_VARIANTS = _GEMMA_VARIANTS | {
+    f"{name}_lora": dataclasses.replace(_GEMMA_VARIANTS[name], lora=lora)
+    for name, lora in _LORA_VARIANTS.items()
+}
+
 _VISION_TOWERS = {
     "So400m": {"width": 1152, "depth": 27, "mlp_dim": 4304, "num_heads": 16},
     "tiny": {"width": 48, "depth": 5, "mlp_dim": 88, "num_heads": 4},
 }
 
 
-def gemma_variant(name: str, field: str = "variant") -> GemmaVariant:
-    """The sizes of a Gemma variant.
+def gemma_variant(name: str | GemmaVariant, field: str = "variant") -> GemmaVariant:
+    """The sizes of a Gemma variant, from its name; sizes are given back as they are.
 
     Raises:
         ValueError: there is no such variant; names the field it was given for.
     """
+    if isinstance(name, GemmaVariant):
+        return name
     if name not in GEMMA_VARIANTS:
         raise ValueError(f"{field}: expected one of {sorted(GEMMA_VARIANTS)}, got {name!r}")
     return GEMMA_VARIANTS[name]
 
 
-def vision_variant(name: str) -> VisionVariant:
+def vision_variant(name: str | VisionVariant) -> VisionVariant:
     """The sizes of a vision tower from "<tower>/<patch size>", as in `So400m/14`.
+
+    Sizes are given back as they are.
 
     Raises:
         ValueError: the tower is unknown, or the patch size is not a number from 1 to 224.
     """
+    if isinstance(name, VisionVariant):
+        return name
     tower, _, patch = name.partition("/")
     if tower not in _VISION_TOWERS or not patch.isdecimal():
         raise ValueError(
@@ -109,9 +147,10 @@ class Pi0Config:
     Attributes:
         dtype: dtype of the computation. "bfloat16" follows openpi's mixed rules: see
             `pruner_spec.parameters.parameter_dtype` for what stays in float32.
-        paligemma_variant: the prefix expert, which reads images and prompt.
-        action_expert_variant: the suffix expert, which denoises actions.
-        vision_variant: the SigLIP tower, "<tower>/<patch size>".
+        paligemma_variant: the prefix expert, which reads images and prompt: a name of
+            `GEMMA_VARIANTS`, or its sizes. "gemma_2b_lora" has adapters.
+        action_expert_variant: the suffix expert, which denoises actions; likewise.
+        vision_variant: the SigLIP tower, "<tower>/<patch size>", or its sizes.
         action_dim: A, numbers in a state or an action after zero-padding.
         action_horizon: H, actions in a chunk.
         max_token_len: L, prompt tokens. None: 200 for π0.5, 48 for π0, as in openpi.
@@ -128,9 +167,9 @@ class Pi0Config:
     """
 
     dtype: str = "bfloat16"
-    paligemma_variant: str = "gemma_2b"
-    action_expert_variant: str = "gemma_300m"
-    vision_variant: str = "So400m/14"
+    paligemma_variant: str | GemmaVariant = "gemma_2b"
+    action_expert_variant: str | GemmaVariant = "gemma_300m"
+    vision_variant: str | VisionVariant = "So400m/14"
 
     action_dim: int = 32
     action_horizon: int = 50
@@ -176,6 +215,11 @@ class Pi0Config:
     @property
     def action_expert(self) -> GemmaVariant:
         return gemma_variant(self.action_expert_variant, "action_expert_variant")
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether either expert has adapters."""
+        return self.paligemma.lora is not None or self.action_expert.lora is not None
 
     @property
     def suffix_length(self) -> int:

@@ -51,12 +51,17 @@ class Layout:
 
 
 def _our_rows(*, stacked: bool) -> tuple[Row, ...]:
-    tables = [parameter_table(Pi0Config(pi05=pi05)) for pi05 in (False, True)]
+    variants = ("gemma_2b_lora", "gemma_300m_lora")
+    configs = [
+        Pi0Config(pi05=pi05, paligemma_variant=variants[0], action_expert_variant=variants[1])
+        for pi05 in (False, True)
+    ]
+    tables = [parameter_table(config) for config in configs]
     return tuple(_our_row(parameter, stacked) for parameter in (tables[0] | tables[1]).values())
 
 
 def _our_row(parameter: Parameter, stacked: bool) -> Row:
-    axes = "d" if len(parameter.shape) == 1 else "i o"
+    axes = ("d", "i o", "k i o")[len(parameter.shape) - 1]
     if stacked and parameter.layers:
         axes = f"l {axes}"
     name = parameter.name if stacked else parameter.torch_name
@@ -195,7 +200,7 @@ def _read(
     tensors: Mapping[str, Any], layout: Layout, config: Pi0Config
 ) -> Iterator[tuple[str, np.ndarray]]:
     for row in layout.rows_of(config):
-        parts = [row.split(np.asarray(tensors[name])) for name in row.names(config)]
+        parts = [row.split(np.asarray(tensors[name]), config) for name in row.names(config)]
         for name, layers in zip(row.ours, zip(*parts, strict=True), strict=True):
             yield name, np.stack(layers) if row.is_per_layer else layers[0]
 
@@ -235,12 +240,16 @@ def _compare(found: Mapping[str, Shape], layout: Layout, config: Pi0Config) -> N
 
 def _hints(extra: Iterable[str], layout: Layout, config: Pi0Config) -> Iterator[str]:
     """What probably is the matter with a source that has these tensors too many."""
+    families = _families(extra, layout)
     other = {row.theirs for row in layout.rows if not row.belongs_to(config)}
-    if _families(extra, layout) & other:
+    if {name for name in families & other if "lora" not in name.lower()}:
         source, model = ("π0", "π0.5") if config.pi05 else ("π0.5", "π0")
         yield f"hint: these look like weights of {source}, and pi05={config.pi05} means {model}"
     if any("lora" in name.lower() for name in extra):
-        yield "hint: this config's model has no LoRA adapters: merge them into the weights first"
+        yield (
+            "hint: these are LoRA adapters, and this config's model has other ones or none: name "
+            "the variants they are of, such as 'gemma_2b_lora', or merge them into the weights"
+        )
 
 
 def markdown() -> str:

@@ -2,12 +2,13 @@
 
 A row is (stored name, our names, einops pattern), the names relative to the group's two modules;
 `pruner_spec.layout_row.LEGEND` explains the axes. Names: openpi's Flax modules under "params", and
-the state dict of its `PI0Pytorch`.
+the state dict of its `PI0Pytorch`. Adapters, which openpi has in JAX alone, have PEFT's names in
+the PyTorch layout, without the "base_model.model." that PEFT puts before every name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from pruner_spec.layout_row import Row
+from pruner_spec.layout_row import BlockRow, Row
 
 
 def _under(theirs: str, ours: str, rows: Iterable[tuple[str, str, str]]) -> tuple[Row, ...]:
@@ -67,6 +68,23 @@ def _jax_expert(x: str) -> tuple[tuple[str, str, str], ...]:
     )
 
 
+def _jax_adapters(x: str) -> tuple[tuple[str, str, str], ...]:
+    """The adapters of an expert."""
+    kv, mlp = "attention.key.lora.{0} attention.value.lora.{0}", "mlp.gate.lora.{0} mlp.up.lora.{0}"
+    return (
+        (f"attn/q_einsum{x}/lora_a", "attention.query.lora.a", "l k d r -> l k d r"),
+        (f"attn/q_einsum{x}/lora_b", "attention.query.lora.b", "l k r h -> l k r h"),
+        (f"attn/kv_einsum{x}/lora_a", kv.format("a"), "l two g d r -> two l g d r"),
+        (f"attn/kv_einsum{x}/lora_b", kv.format("b"), "l two g r h -> two l g r h"),
+        (f"attn/attn_vec_einsum{x}/lora_a", "attention.out.lora.a", "l k h r -> l k h r"),
+        (f"attn/attn_vec_einsum{x}/lora_b", "attention.out.lora.b", "l k r d -> l k r d"),
+        (f"mlp{x}/gating_einsum_lora_a", mlp.format("a"), "l two d r -> two l d r"),
+        (f"mlp{x}/gating_einsum_lora_b", mlp.format("b"), "l two r f -> two l r f"),
+        (f"mlp{x}/linear_lora_a", "mlp.down.lora.a", "l f r -> l f r"),
+        (f"mlp{x}/linear_lora_b", "mlp.down.lora.b", "l r d -> l r d"),
+    )
+
+
 _JAX_ADAPTIVE_NORMS = (
     ("pre_attention_norm_1/Dense_0/kernel", "attention_norm.modulation.kernel", "l d m -> l d m"),
     ("pre_attention_norm_1/Dense_0/bias", "attention_norm.modulation.bias", "l m -> l m"),
@@ -113,6 +131,8 @@ JAX_ROWS = (
     *_under(_JAX_ATTENTION, "vision.blocks.attention.", _JAX_VISION_ATTENTION),
     *_under("PaliGemma/llm/layers/", "gemma.language.layers.", _jax_expert("")),
     *_under("PaliGemma/llm/layers/", "gemma.action.layers.", _jax_expert("_1")),
+    *_under("PaliGemma/llm/layers/", "gemma.language.layers.", _jax_adapters("")),
+    *_under("PaliGemma/llm/layers/", "gemma.action.layers.", _jax_adapters("_1")),
     *_under("PaliGemma/llm/layers/", "gemma.action.layers.", _JAX_ADAPTIVE_NORMS),
     *_under("", "", _JAX_REST),
 )
@@ -155,6 +175,27 @@ _TORCH_EXPERT = (
     ("input_layernorm.weight", "attention_norm.scale", "d -> d"),
     ("post_attention_layernorm.weight", "mlp_norm.scale", "d -> d"),
 )
+
+_PEFT_ADAPTERS = (
+    ("self_attn.q_proj.lora_A.weight", "attention.query.lora.a", "(k r) d -> k d r"),
+    ("self_attn.k_proj.lora_A.weight", "attention.key.lora.a", "(g r) d -> g d r"),
+    ("self_attn.v_proj.lora_A.weight", "attention.value.lora.a", "(g r) d -> g d r"),
+    ("self_attn.o_proj.lora_B.weight", "attention.out.lora.b", "d (k r) -> k r d"),
+    ("mlp.gate_proj.lora_A.weight", "mlp.gate.lora.a", "r d -> d r"),
+    ("mlp.gate_proj.lora_B.weight", "mlp.gate.lora.b", "f r -> r f"),
+    ("mlp.up_proj.lora_A.weight", "mlp.up.lora.a", "r d -> d r"),
+    ("mlp.up_proj.lora_B.weight", "mlp.up.lora.b", "f r -> r f"),
+    ("mlp.down_proj.lora_A.weight", "mlp.down.lora.a", "r f -> f r"),
+    ("mlp.down_proj.lora_B.weight", "mlp.down.lora.b", "d r -> r d"),
+)
+
+_PEFT_DIAGONAL = (
+    ("self_attn.q_proj.lora_B.weight", "attention.query.lora.b", "(k h) (x r) -> k r h"),
+    ("self_attn.k_proj.lora_B.weight", "attention.key.lora.b", "(g h) (x r) -> g r h"),
+    ("self_attn.v_proj.lora_B.weight", "attention.value.lora.b", "(g h) (x r) -> g r h"),
+)
+
+_PEFT_COPIES = (("self_attn.o_proj.lora_A.weight", "attention.out.lora.a", "(x r) (k h) -> k h r"),)
 
 _TORCH_ADAPTIVE_NORMS = (
     ("input_layernorm.dense.weight", "attention_norm.modulation.kernel", "m d -> d m"),
@@ -199,6 +240,15 @@ _TOWER = f"{_PALIGEMMA}vision_tower.vision_model."
 _LANGUAGE_LAYER = f"{_PALIGEMMA}language_model.layers.{{layer}}."
 _ACTION_LAYER = f"{_WITH_EXPERT}gemma_expert.model.layers.{{layer}}."
 
+
+def _adapters(theirs: str, ours: str) -> Iterator[Row]:
+    yield from _under(theirs, ours, _PEFT_ADAPTERS)
+    for row in _under(theirs, ours, _PEFT_DIAGONAL):
+        yield BlockRow(row.theirs, row.ours, row.pattern, "diagonal")
+    for row in _under(theirs, ours, _PEFT_COPIES):
+        yield BlockRow(row.theirs, row.ours, row.pattern, "copies")
+
+
 TORCH_ROWS = (
     *_under(_TOWER, "vision.", _TORCH_VISION),
     *_under(f"{_TOWER}encoder.layers.{{layer}}.", "vision.blocks.", _TORCH_VISION_BLOCKS),
@@ -206,6 +256,8 @@ TORCH_ROWS = (
     *_under(_LANGUAGE_LAYER, "gemma.language.layers.", _TORCH_EXPERT),
     *_under(_ACTION_LAYER, "gemma.action.layers.", _TORCH_EXPERT),
     *_under(_ACTION_LAYER, "gemma.action.layers.", _TORCH_ADAPTIVE_NORMS),
+    *_adapters(_LANGUAGE_LAYER, "gemma.language.layers."),
+    *_adapters(_ACTION_LAYER, "gemma.action.layers."),
     *_under(_WITH_EXPERT, "gemma.", _TORCH_GEMMA),
     *_under("", "", _TORCH_HEADS),
 )

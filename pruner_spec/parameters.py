@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pruner_spec import lora
 from pruner_spec.config import GemmaVariant, Pi0Config
 
 # Kept in float32 in a bfloat16 model, as openpi does: projections of actions, time and state, all
@@ -82,7 +83,8 @@ def initial_parameters(config: Pi0Config, seed: int) -> Iterator[tuple[str, np.n
     """Weights to train from scratch: pairs of name and float32 array [layers, ...].
 
     Kernels are normal with variance 1/fan-in, biases 0, norms the identity; the adaptive norms
-    start at 0, as in openpi, so that the action expert starts as the identity too.
+    start at 0, as in openpi, so that the action expert starts as the identity too. Both factors of
+    an adapter are normal with deviation 0.01, as in openpi.
     """
     for parameter in parameter_table(config).values():
         yield parameter.name, _draw(parameter, seed, _initial_scale(parameter.name))
@@ -122,21 +124,30 @@ def _gemma(config: Pi0Config) -> Iterator[Parameter]:
 
 
 def _expert(name: str, variant: GemmaVariant, *, adaptive: bool) -> Iterator[Parameter]:
-    width, layers = variant.width, variant.depth
+    width, layers, layer = variant.width, variant.depth, f"{name}.layers"
     heads, kv_heads = (
         count * variant.head_dim for count in (variant.num_heads, variant.num_kv_heads)
     )
-    layer = f"{name}.layers"
     yield from _rms_norm(f"{layer}.attention_norm", width, adaptive, layers)
-    yield Parameter(f"{layer}.attention.query.kernel", (width, heads), layers)
-    yield Parameter(f"{layer}.attention.key.kernel", (width, kv_heads), layers)
-    yield Parameter(f"{layer}.attention.value.kernel", (width, kv_heads), layers)
-    yield Parameter(f"{layer}.attention.out.kernel", (heads, width), layers)
+    yield from _kernel(layer, "attention.query", (width, heads), variant)
+    yield from _kernel(layer, "attention.key", (width, kv_heads), variant)
+    yield from _kernel(layer, "attention.value", (width, kv_heads), variant)
+    yield from _kernel(layer, "attention.out", (heads, width), variant)
     yield from _rms_norm(f"{layer}.mlp_norm", width, adaptive, layers)
-    yield Parameter(f"{layer}.mlp.gate.kernel", (width, variant.mlp_dim), layers)
-    yield Parameter(f"{layer}.mlp.up.kernel", (width, variant.mlp_dim), layers)
-    yield Parameter(f"{layer}.mlp.down.kernel", (variant.mlp_dim, width), layers)
+    yield from _kernel(layer, "mlp.gate", (width, variant.mlp_dim), variant)
+    yield from _kernel(layer, "mlp.up", (width, variant.mlp_dim), variant)
+    yield from _kernel(layer, "mlp.down", (variant.mlp_dim, width), variant)
     yield from _rms_norm(f"{name}.final_norm", width, adaptive)
+
+
+def _kernel(
+    layer: str, projection: str, shape: tuple[int, int], variant: GemmaVariant
+) -> Iterator[Parameter]:
+    """A kernel without a bias, and the factors of its adapter if the expert has any."""
+    yield Parameter(f"{layer}.{projection}.kernel", shape, variant.depth)
+    if variant.lora is not None:
+        for part, factor in lora.adapter_shapes(projection, variant).items():
+            yield Parameter(f"{layer}.{projection}.{part}", factor, variant.depth)
 
 
 def _heads(config: Pi0Config) -> Iterator[Parameter]:
@@ -180,6 +191,8 @@ class _Scale:
 
 
 def _initial_scale(name: str) -> _Scale:
+    if lora.is_adapter(name):
+        return _Scale(deviation=0.01)
     if ".modulation." in name or name.endswith(".bias"):
         return _Scale(deviation=0.0)
     if name.endswith("norm.scale"):
@@ -188,6 +201,8 @@ def _initial_scale(name: str) -> _Scale:
 
 
 def _random_scale(name: str) -> _Scale:
+    if lora.is_adapter(name):
+        return _Scale(deviation=0.1)
     if name.endswith(".bias"):
         return _Scale(deviation=0.02)
     if name.endswith("norm.scale"):

@@ -19,6 +19,13 @@ OPENPI_DEFAULTS = {
     "pi05": False,
     "discrete_state_input": False,
 }
+LORA = {  # rank, scale
+    "gemma_2b": (16, 1.0),
+    "gemma_300m": (32, 1.0),
+    "tiny": (9, 0.5),
+    "tiny_expert": (14, 0.25),
+}
+
 OUR_DEFAULTS = {
     "vision_variant": "So400m/14",
     "token_pruning_enabled": False,
@@ -135,7 +142,27 @@ def test_gemma_variants(name):
 
 
 def test_these_are_all_variants():
-    assert spec.GEMMA_VARIANTS.keys() == GEMMA_SIZES.keys()
+    adapted = {f"{name}_lora" for name in LORA}
+    assert spec.GEMMA_VARIANTS.keys() == GEMMA_SIZES.keys() | adapted
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_variants_with_adapters(name):
+    rank, scale = LORA[name]
+    adapted = spec.gemma_variant(f"{name}_lora")
+    assert dataclasses.replace(adapted, lora=None) == spec.gemma_variant(name)
+    assert adapted.lora is not None
+    assert (adapted.lora.rank, adapted.lora.scale) == (rank, scale)
+
+
+def test_sizes_stand_for_a_variant():
+    sizes = GemmaVariant(
+        width=24, depth=2, mlp_dim=40, num_heads=3, num_kv_heads=1, head_dim=10, vocab_size=99
+    )
+    vision = spec.VisionVariant(width=30, depth=3, mlp_dim=44, num_heads=5, patch_size=56)
+    config = Pi0Config(paligemma_variant=sizes, action_expert_variant=sizes, vision_variant=vision)
+    assert (config.paligemma, config.action_expert, config.vision) == (sizes, sizes, vision)
+    assert not config.has_lora
 
 
 def test_the_vision_tower_is_so400m():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parity_tests import reference
-from parity_tests.cases import tiny_config
+from parity_tests.cases import TINY_ADAPTED, tiny_config
 from parity_tests.spec.openpi_converter import openpi_convert
 from pruner_spec import layout
 from pruner_spec.config import Pi0Config
@@ -22,10 +22,24 @@ FULL_SIZE = {
     "pi0_full": Pi0Config(pi05=False),
     "pi05_full": Pi0Config(pi05=True),
 }
-TINY = {"π0": tiny_config(pi05=False), "π0.5": tiny_config(pi05=True)}
+ADAPTED = {"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_300m_lora"}
+WITH_ADAPTERS = {
+    "pi0_full_lora": Pi0Config(pi05=False, **ADAPTED),
+    "pi05_full_lora": Pi0Config(pi05=True, **ADAPTED),
+}
+TINY = {
+    "π0": tiny_config(pi05=False),
+    "π0.5": tiny_config(pi05=True),
+    "π0, adapters": tiny_config(pi05=False, **TINY_ADAPTED),
+    "π0.5, adapters": tiny_config(pi05=True, **TINY_ADAPTED),
+    "π0.5, one adapted expert": tiny_config(pi05=True, paligemma_variant="tiny_lora"),
+}
 
 full_size = pytest.mark.parametrize("table", FULL_SIZE)
+PLAIN = {name: config for name, config in TINY.items() if not config.has_lora}
+
 tiny = pytest.mark.parametrize("config", TINY.values(), ids=TINY)
+plain = pytest.mark.parametrize("config", PLAIN.values(), ids=PLAIN)
 layouts = pytest.mark.parametrize("target", LAYOUTS, ids=[known.name for known in LAYOUTS])
 
 EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
@@ -60,9 +74,10 @@ def assert_identical(found, expected):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-@full_size
+@pytest.mark.parametrize("table", FULL_SIZE | WITH_ADAPTERS)
 def test_jax_names_and_shapes_are_openpis(table):
-    assert OPENPI_JAX.shapes(FULL_SIZE[table]) == reference.shapes(f"jax_params_{table}")
+    config = (FULL_SIZE | WITH_ADAPTERS)[table]
+    assert OPENPI_JAX.shapes(config) == reference.shapes(f"jax_params_{table}")
 
 
 @full_size
@@ -106,7 +121,7 @@ def test_round_trip_is_exact(config, target):
     assert_identical(dict(layout.to_named(tensors, config)), named)
 
 
-@tiny
+@plain
 @pytest.mark.parametrize("target", [OPENPI_JAX, OPENPI_TORCH], ids=["jax", "torch"])
 def test_round_trip_of_openpis_tensors_is_exact(config, target):
     tensors = weights(config, target)
@@ -115,7 +130,7 @@ def test_round_trip_of_openpis_tensors_is_exact(config, target):
     assert_identical(back, tensors | {alias: back[name] for alias, name in target.aliases.items()})
 
 
-@tiny
+@plain
 def test_openpis_layouts_agree(config):
     tree = weights(config)
     converted = openpi_convert(tree, config)
@@ -169,7 +184,7 @@ def test_rows_take_one_layer_at_a_time(config):
     for row in OPENPI_JAX.rows_of(config):
         if "l" in row.pattern.split():
             whole, one = tree[row.theirs], row.of_one_layer()
-            parts = [row.split(whole), one.split(whole[1])]
+            parts = [row.split(whole, config), one.split(whole[1], config)]
             for stacked, layer in zip(*parts, strict=True):
                 np.testing.assert_array_equal(stacked[1], layer)
             np.testing.assert_array_equal(one.merge(parts[1], config), whole[1])
@@ -254,7 +269,7 @@ def test_weights_of_the_other_model(source, config, target):
 def test_adapters_are_not_dropped():
     shapes = reference.shapes("jax_params_pi05_full_lora")
     adapters = [name for name in shapes if "lora" in name]
-    with pytest.raises(ValueError, match="no LoRA adapters") as raised:
+    with pytest.raises(ValueError, match="hint: these are LoRA adapters") as raised:
         layout.to_named(
             {name: Shaped(shape) for name, shape in shapes.items()}, Pi0Config(pi05=True)
         )
