@@ -168,7 +168,12 @@ def stored(
         if name in table and array.shape == table[name].stacked_shape:
             dtype = np.dtype(parameter_dtype(name, config.dtype))
             yield table[name], array.astype(dtype, copy=False)
-    _compare(given, JAX, config)
+    check(given, JAX, config)
+
+
+def canonical_shapes(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Shape]:
+    """The shapes by the names of the rows, from names as `flatten` gives them."""
+    return {_canonical(name, layout): shape for name, shape in shapes.items()}
 
 
 def _canonical(name: str, layout: Layout) -> str:
@@ -188,7 +193,7 @@ def _families(names: Iterable[str], layout: Layout) -> set[str]:
 def _resolve(flat: Mapping[str, Any], layout: Layout, config: Pi0Config) -> dict[str, Any]:
     """The tensors by the names in the rows, after checking that they are exactly the model's."""
     tensors = {_canonical(name, layout): tensor for name, tensor in flat.items()}
-    _compare({name: np.shape(tensor) for name, tensor in tensors.items()}, layout, config)
+    check({name: np.shape(tensor) for name, tensor in tensors.items()}, layout, config)
     # Where both names are stored, the row's wins: openpi's model loads it last.
     for alias, name in layout.aliases.items():
         if alias in tensors:
@@ -219,8 +224,18 @@ def _write(
                 yield names_of_alias[name], tensor
 
 
-def _compare(found: Mapping[str, Shape], layout: Layout, config: Pi0Config) -> None:
-    """Raises a ValueError that lists all that is wrong with the tensors' names and shapes."""
+def check(found: Mapping[str, Shape], layout: Layout, config: Pi0Config) -> None:
+    """Holds tensors to a model.
+
+    Args:
+        found: shapes by the names of the layout's rows.
+        layout: theirs.
+        config: the model's.
+
+    Raises:
+        ValueError: they are not exactly the model's; lists all that is wrong with their names and
+            shapes.
+    """
     expected = layout.shapes(config)
     aliases = {alias: expected[name] for alias, name in layout.aliases.items()}
     given = {layout.aliases.get(name, name) for name in found}
