@@ -221,6 +221,14 @@ class Pi0Config:
         """Whether either expert has adapters."""
         return self.paligemma.lora is not None or self.action_expert.lora is not None
 
+    def without_lora(self) -> Self:
+        """The same model without adapters, as it is once they are merged into its weights."""
+        return dataclasses.replace(
+            self,
+            paligemma_variant=_without_lora(self.paligemma_variant),
+            action_expert_variant=_without_lora(self.action_expert_variant),
+        )
+
     @property
     def suffix_length(self) -> int:
         """Tokens of the action expert: the actions, and in π0 a state token before them."""
@@ -290,6 +298,18 @@ class Pi0Config:
                 f"token_prune_min_keep: expected at most the {most} patches that can be kept, "
                 f"got {self.token_prune_min_keep}"
             )
+
+
+def variant_name(variant: GemmaVariant) -> str | GemmaVariant:
+    """The name of a variant's sizes, or the sizes themselves where they have none."""
+    return next((name for name, each in GEMMA_VARIANTS.items() if each == variant), variant)
+
+
+def _without_lora(variant: str | GemmaVariant) -> str | GemmaVariant:
+    sizes = gemma_variant(variant)
+    if sizes.lora is None:
+        return variant
+    return variant_name(dataclasses.replace(sizes, lora=None))
 
 
 def _is_number(value: Any) -> bool:

@@ -171,12 +171,26 @@ def stored(
     check(given, JAX, config)
 
 
-def canonical_shapes(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Shape]:
-    """The shapes by the names of the rows, from names as `flatten` gives them."""
-    return {_canonical(name, layout): shape for name, shape in shapes.items()}
+def renamed(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Tensors by names in the layout's spelling, from names as `flatten` gives them."""
+    return {_spelled(name, layout): tensor for name, tensor in tensors.items()}
 
 
-def _canonical(name: str, layout: Layout) -> str:
+def by_row(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Tensors by the names of the layout's rows, from names as `renamed` gives them.
+
+    A table that is stored under an alias gets its row's name too. Where both are stored, the
+    alias's tensor counts: they are one tensor in openpi's model, and two in LeRobot's, which
+    trains `embed_tokens` and leaves the other as it was.
+    """
+    found = dict(tensors)
+    for alias, name in layout.aliases.items():
+        if alias in found:
+            found[name] = found[alias]
+    return found
+
+
+def _spelled(name: str, layout: Layout) -> str:
     return re.sub(r"[./]", layout.separator, name)
 
 
@@ -186,19 +200,15 @@ def _known(layout: Layout) -> set[str]:
 
 def _families(names: Iterable[str], layout: Layout) -> set[str]:
     """The names as rows have them: `{layer}` in the place of a number."""
-    canonical = (_canonical(name, layout) for name in names)
+    canonical = (_spelled(name, layout) for name in names)
     return {re.sub(r"(?<=\.)\d+(?=\.)", "{layer}", name) for name in canonical}
 
 
 def _resolve(flat: Mapping[str, Any], layout: Layout, config: Pi0Config) -> dict[str, Any]:
     """The tensors by the names in the rows, after checking that they are exactly the model's."""
-    tensors = {_canonical(name, layout): tensor for name, tensor in flat.items()}
+    tensors = renamed(flat, layout)
     check({name: np.shape(tensor) for name, tensor in tensors.items()}, layout, config)
-    # Where both names are stored, the row's wins: openpi's model loads it last.
-    for alias, name in layout.aliases.items():
-        if alias in tensors:
-            tensors.setdefault(name, tensors.pop(alias))
-    return tensors
+    return by_row(tensors, layout)
 
 
 def _read(
@@ -228,7 +238,7 @@ def check(found: Mapping[str, Shape], layout: Layout, config: Pi0Config) -> None
     """Holds tensors to a model.
 
     Args:
-        found: shapes by the names of the layout's rows.
+        found: shapes by names as `renamed` gives them.
         layout: theirs.
         config: the model's.
 

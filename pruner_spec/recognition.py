@@ -21,7 +21,7 @@ from pruner_spec.config import (
     gemma_variant,
     vision_variant,
 )
-from pruner_spec.layout import Layout, Shape, canonical_shapes, check, detect
+from pruner_spec.layout import Layout, Shape, by_row, check, detect, renamed
 from pruner_spec.layout_row import Row, axes
 from pruner_spec.openpi_configs import OPENPI_CONFIGS
 
@@ -68,8 +68,8 @@ def recognise(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None = None
     """
     told = {} if told is None else dict(told)
     layout = detect(shapes)
-    stored = canonical_shapes(shapes, layout)
-    families = dict(_families(stored, layout))
+    stored = renamed(shapes, layout)
+    families = dict(_families(by_row(stored, layout), layout))
     _refuse_fast(families)
     missing = [name for name in _needed() if name not in families]
     if missing:
@@ -95,7 +95,6 @@ def _needed() -> Iterator[str]:
 
 def _families(stored: Mapping[str, Shape], layout: Layout) -> Iterator[tuple[str, _Family]]:
     """Each parameter family that is there, by our name."""
-    stored = {layout.aliases.get(name, name): shape for name, shape in stored.items()}
     layers = _layer_counts(stored)
     for row in layout.rows:
         shape = stored.get(row.theirs.format(layer=0))

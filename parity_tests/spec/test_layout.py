@@ -239,6 +239,15 @@ def test_embedding_table_may_have_either_name(names):
     np.testing.assert_array_equal(named["gemma.embedder.embedding"], table)
 
 
+def test_the_alias_counts_where_both_names_are_stored():
+    """LeRobot trains `embed_tokens` and leaves `lm_head` as it was."""
+    config = TINY["π0.5"]
+    tree = weights(config, OPENPI_TORCH)
+    trained = tree[EMBEDDING] + 1
+    named = dict(layout.to_named(tree | {ALIAS: trained}, config))
+    np.testing.assert_array_equal(named["gemma.embedder.embedding"], trained)
+
+
 def test_errors_are_all_listed_before_anything_is_read():
     config = TINY["π0.5"]
     tree = {name: Shaped(shape) for name, shape in OPENPI_TORCH.shapes(config).items()}
