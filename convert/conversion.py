@@ -54,6 +54,11 @@ class Conversion:
     format: Literal["openpi", "lerobot", "orbax"]
     nbytes: int
 
+    def stored_dtype(self, name: str) -> np.dtype:
+        """The dtype that was written for a parameter, by our name."""
+        is_torch = self.target.layout is OPENPI_TORCH
+        return _torch_dtype(name, self.precision) if is_torch else _DTYPES[self.precision]
+
 
 def jax_to_pytorch(
     checkpoint_dir: Path_,

@@ -6,6 +6,7 @@ Only `backend_jax` and `backend_torch` know a framework; whoever uses one goes t
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,8 @@ from jaxtyping import Bool, Float
 
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
+
+Weights = str | os.PathLike[str] | Mapping[str, Any]
 
 # What must be importable for a backend, which is also the name of its pip extra.
 _PACKAGES = {"jax": ("jax", "flax"), "torch": ("torch",)}
@@ -45,6 +48,16 @@ class Model(Protocol):
         """Actions denoised from the noise; returns when they are computed."""
         ...
 
+    def loss(
+        self,
+        observation: Observation,
+        actions: Float[np.ndarray, "B H A"],
+        noise: Float[np.ndarray, "B H A"],
+        time: Float[np.ndarray, "B"],
+    ) -> Float[np.ndarray, "B H"]:
+        """Flow matching's loss of the model as it is deployed: patches are selected hard."""
+        ...
+
     def pruned(self) -> Pruned:
         """The selection in the last sampled batch, of a model that prunes."""
         ...
@@ -67,8 +80,8 @@ class Backend(Protocol):
     title: str
     device: str
 
-    def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> Model:
-        """A model with these parameters, by the names of `pruner_spec.parameters`."""
+    def model(self, config: Pi0Config, weights: Weights) -> Model:
+        """A model with these weights: a checkpoint's path, or arrays by name in any layout."""
         ...
 
 

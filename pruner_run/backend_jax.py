@@ -1,15 +1,15 @@
 """`pruner_jax` as the application sees it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from pruner_jax import checkpoint
 from pruner_jax.pi0 import Pi0
-from pruner_run.backend import Pruned
+from pruner_run.backend import Pruned, Weights
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
 
@@ -23,8 +23,8 @@ class JaxBackend:
     def __init__(self) -> None:
         self.device = jax.default_backend()
 
-    def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "JaxModel":
-        return JaxModel(checkpoint.load(parameters, config))
+    def model(self, config: Pi0Config, weights: Weights) -> "JaxModel":
+        return JaxModel(checkpoint.load(weights, config))
 
 
 class JaxModel:
@@ -37,6 +37,17 @@ class JaxModel:
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> np.ndarray:
         return np.asarray(self._model.sample_actions(observation, jnp.asarray(noise), num_steps))
+
+    def loss(
+        self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
+    ) -> np.ndarray:
+        graph, weights = nnx.split(self._model)
+
+        @jax.jit
+        def loss(weights: Any, *arrays: Any) -> jax.Array:
+            return nnx.merge(graph, weights).compute_loss(*arrays, train=False)
+
+        return np.asarray(loss(weights, observation, actions, noise, time))
 
     def pruned(self) -> Pruned:
         _, encoded, selection = self._model.record.last

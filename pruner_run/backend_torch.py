@@ -1,12 +1,11 @@
 """`pruner_torch` as the application sees it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from pruner_run.backend import Pruned
+from pruner_run.backend import Pruned, Weights
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
 from pruner_torch import checkpoint
@@ -22,8 +21,8 @@ class TorchBackend:
     def __init__(self) -> None:
         self.device = torch.get_default_device().type
 
-    def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "TorchModel":
-        return TorchModel(checkpoint.load(parameters, config))
+    def model(self, config: Pi0Config, weights: Weights) -> "TorchModel":
+        return TorchModel(checkpoint.load(weights, config))
 
 
 class TorchModel:
@@ -37,6 +36,13 @@ class TorchModel:
     ) -> np.ndarray:
         actions = self._model.sample_actions(observation, torch.as_tensor(noise), num_steps)
         return actions.cpu().numpy()
+
+    def loss(
+        self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
+    ) -> np.ndarray:
+        arrays = (torch.as_tensor(array) for array in (actions, noise, time))
+        with torch.no_grad():
+            return self._model.compute_loss(observation, *arrays, train=False).cpu().numpy()
 
     def pruned(self) -> Pruned:
         _, encoded, selection = self._model.record.last

@@ -30,6 +30,7 @@ class Command:
 
 
 COMMANDS = {
+    "convert": Command("pruner_run.convert", "Convert a checkpoint between JAX and PyTorch."),
     "demo": Command("pruner_run.demo", "Prune a recorded episode and draw which patches are kept."),
 }
 
