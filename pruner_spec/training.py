@@ -1,0 +1,107 @@
+"""What a training step is, apart from the framework: its settings, its batch, its random numbers.
+
+Step s of a run draws, for the sample at place i of the global batch, from the streams of
+(seed, s, i): noise, time, the pruner's noise, the augmentation. Nothing else is random, so that
+neither the backend nor the split over devices or accumulated parts shows in the result.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pruner_spec.flow import pruner_noise_scale
+from pruner_spec.optimization import AdamW, CosineDecaySchedule
+
+NoiseSchedule = Literal["linear", "constant", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a backend needs to know of a run.
+
+    Attributes:
+        seed: of all random numbers.
+        num_train_steps: of the run; the pruner's noise ends with it.
+        optimizer: AdamW's settings.
+        schedule: of the learning rate.
+        ema_decay: of the average of the parameters; None for no average.
+        freeze: regular expressions; a parameter in whose name (ours) one is found is not trained.
+        augment: whether images are augmented.
+        accumulation: parts in which a batch is computed one after the other.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+        noise_schedule: of the pruner's noise.
+    """
+
+    seed: int = 42
+    num_train_steps: int = 30_000
+    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    schedule: CosineDecaySchedule = dataclasses.field(default_factory=CosineDecaySchedule)
+    ema_decay: float | None = 0.99
+    freeze: Sequence[str] = ()
+    augment: bool = True
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    noise_schedule: NoiseSchedule = "linear"
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected 0 <= ema_decay < 1, got {self.ema_decay}")
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation: expected at least 1, got {self.accumulation}")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"freeze: expected regular expressions, got {pattern!r}"
+                ) from error
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter, by our name, changes."""
+        return not any(re.search(pattern, name) for pattern in self.freeze)
+
+    def noise_scale(self, step: int) -> float:
+        """Of the pruner's noise, in a model that prunes."""
+        if self.noise_schedule == "linear":
+            return pruner_noise_scale(step, self.num_train_steps)
+        return 1.0 if self.noise_schedule == "constant" else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The samples of a step, or one process's share of them.
+
+    Attributes:
+        images: uint8 or float in [-1, 1], [B, 224, 224, 3] a camera.
+        image_masks: bool [B] a camera.
+        state: [B, A], normalised and padded.
+        tokenized_prompt: int32 [B, L].
+        tokenized_prompt_mask: bool [B, L].
+        actions: [B, H, A], normalised and padded.
+        places: int [B], of the samples in the global batch.
+    """
+
+    images: dict[str, Any]
+    image_masks: dict[str, Any]
+    state: Any
+    tokenized_prompt: Any
+    tokenized_prompt_mask: Any
+    actions: Any
+    places: Any
+
+
+def lora_freeze(paligemma: bool, action_expert: bool) -> tuple[str, ...]:
+    """Patterns that freeze what openpi's `get_freeze_filter` freezes: all but adapters of an expert
+    that has them. The vision tower and the projections are trained on.
+
+    Args:
+        paligemma: whether the prefix expert has adapters.
+        action_expert: whether the suffix expert has.
+    """
+    frozen = []
+    if paligemma:
+        frozen.append(r"^gemma\.(embedder|language)\b(?!.*\.lora\.[ab]$)")
+    if action_expert:
+        frozen.append(r"^gemma\.action\b(?!.*\.lora\.[ab]$)")
+    return tuple(frozen)
