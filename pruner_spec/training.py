@@ -7,7 +7,7 @@ neither the backend nor the split over devices or accumulated parts shows in the
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pruner_spec.flow import pruner_noise_scale
@@ -105,3 +105,24 @@ def lora_freeze(paligemma: bool, action_expert: bool) -> tuple[str, ...]:
     if action_expert:
         frozen.append(r"^gemma\.action\b(?!.*\.lora\.[ab]$)")
     return tuple(frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on, in NumPy, by our names, layers stacked.
+
+    Any backend's trainer gives one and takes one: a run that was begun in JAX is finished in
+    PyTorch.
+
+    Attributes:
+        step: how many steps were made.
+        parameters: every parameter of the model.
+        average: their running average; None for a run without.
+        first, second: Adam's moments, of trained parameters alone.
+    """
+
+    step: int
+    parameters: Mapping[str, Any]
+    average: Mapping[str, Any] | None
+    first: Mapping[str, Any]
+    second: Mapping[str, Any]
