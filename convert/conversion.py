@@ -113,14 +113,15 @@ def jax_to_pytorch(
     path = _place(output_path, source, overwrite)
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     files = _files(source, config, precision, format, asset_id)
-    tensors = _tensors(target, lambda name: _torch_dtype(name, precision))
+    tensors = torch_tensors(config, precision, unused=not omit_unused_lm_head)
     factors = {name: tensors.pop(name) for name in list(tensors) if ".lora_" in name}
-    written = sum(size_of(*tensor) for tensor in (tensors | factors).values())
-    if not omit_unused_lm_head:
-        shape = (config.action_expert.vocab_size, config.action_expert.width)
-        tensors[OPENPI_TORCH.unused[0]] = (_DTYPES[precision], shape)
+    written = sum(
+        size_of(*tensor)
+        for name, tensor in (tensors | factors).items()
+        if name not in OPENPI_TORCH.unused
+    )
     output.check_space(path, written)
-    prefix, metadata = _naming(format)
+    prefix, metadata = naming(format)
     count = (start or _silent)(written)
 
     def sinks(folder: Path) -> dict[str, Sink]:
@@ -196,6 +197,30 @@ def pytorch_to_jax(
     return Conversion(source, path, target, precision, "orbax", written)
 
 
+def torch_tensors(
+    config: Pi0Config, precision: Precision, *, unused: bool = True
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of openpi's PyTorch file, by name; not of the alias.
+
+    Args:
+        config: the model's.
+        precision: of the weights.
+        unused: with the head that nothing reads.
+    """
+    tensors = _tensors(Side(OPENPI_TORCH, config), lambda name: _torch_dtype(name, precision))
+    if unused:
+        shape = (config.action_expert.vocab_size, config.action_expert.width)
+        tensors[OPENPI_TORCH.unused[0]] = (_DTYPES[precision], shape)
+    return tensors
+
+
+def naming(format: Format) -> tuple[str, dict[str, str]]:
+    """What stands before every tensor's name, and the entries of the file's header."""
+    prefix = lerobot.TENSOR_PREFIX if format == "lerobot" else ""
+    tied = {prefix + alias: prefix + name for alias, name in OPENPI_TORCH.aliases.items()}
+    return prefix, {"format": "pt"} | tied
+
+
 def parse_size(size: str | int) -> int:
     """Bytes from a text such as "5GB", "500MB" or "2GiB", or a number of bytes.
 
@@ -245,13 +270,6 @@ def _torch_dtype(name: str, precision: Precision) -> np.dtype:
     """Adapters are small, and what they add is small beside the weights: they stay float32."""
     is_kept = adapters.is_adapter(name) or parameter_dtype(name, "bfloat16") == "float32"
     return _DTYPES["float32" if is_kept else precision]
-
-
-def _naming(format: Format) -> tuple[str, dict[str, str]]:
-    """What stands before every tensor's name, and the entries of the file's header."""
-    prefix = lerobot.TENSOR_PREFIX if format == "lerobot" else ""
-    tied = {prefix + alias: prefix + name for alias, name in OPENPI_TORCH.aliases.items()}
-    return prefix, {"format": "pt"} | tied
 
 
 def _files(

@@ -1,10 +1,11 @@
 """Where converted tensors go: safetensors files or an Orbax checkpoint, written as they come."""
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,18 +191,21 @@ class OrbaxSink:
 
     def close(self) -> None:
         while self._pending:
-            self._pending.pop(0).result()
+            self._pending[0].result()
+            del self._pending[0]
         assert not self._gathered
         assert self._stores.keys() == self._tensors.keys()
         metadata = self._folder / "_METADATA"
-        metadata.write_text(json.dumps(_metadata(self._tensors)))
+        metadata.write_text(json.dumps(tree_metadata(self._tensors)))
         for path in (path for path in self._folder.rglob("*") if path.is_file()):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def abandon(self) -> None:
+        # What is under way cannot be called back: it would appear in a folder that was removed.
         for pending in self._pending:
-            pending.cancel()
+            with contextlib.suppress(Exception):
+                pending.result()
 
     def _gather(self, name: str, start: int, values: np.ndarray) -> None:
         """Writes chunks that are whole, and keeps the rows of one that is not."""
@@ -223,7 +227,7 @@ class OrbaxSink:
     def _store(self, name: str) -> Any:
         if name not in self._stores:
             dtype, shape = self._tensors[name]
-            spec = _array_spec(self._folder, name, dtype, shape)
+            spec = array_spec(self._folder, name, dtype, shape, chunk_shape(dtype, shape))
             opening = tensorstore.open(spec, context=self._context, create=True)
             self._stores[name] = opening.result()
         return self._stores[name]
@@ -231,11 +235,15 @@ class OrbaxSink:
     def _write(self, place: Any, values: np.ndarray) -> None:
         """One array is compressed while the next one is read."""
         while len(self._pending) >= _WORKERS:
-            self._pending.pop(0).result()
+            self._pending[0].result()
+            del self._pending[0]
         self._pending.append(place.write(values))
 
 
-def _array_spec(folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+def array_spec(
+    folder: Path, name: str, dtype: np.dtype, shape: Sequence[int], chunks: Sequence[int]
+) -> dict[str, Any]:
+    """TensorStore's spec of an array as Orbax stores it."""
     kvstore = {
         "driver": "ocdbt",
         "base": {"driver": "file", "path": f"{folder}/"},
@@ -244,7 +252,7 @@ def _array_spec(folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...]
     }
     metadata = {
         "shape": list(shape),
-        "chunks": chunk_shape(dtype, shape),
+        "chunks": list(chunks),
         "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.newbyteorder("<").str,
         "compressor": {"id": "zstd", "level": 1},
         "fill_value": None,
@@ -269,10 +277,10 @@ def chunk_shape(dtype: np.dtype, shape: tuple[int, ...]) -> list[int]:
     return [max(1, _ONE_CHUNK * shape[0] // size), *shape[1:]]
 
 
-def _metadata(tensors: Tensors) -> dict[str, Any]:
-    """What Orbax writes of a tree of NumPy arrays."""
+def tree_metadata(names: Iterable[str]) -> dict[str, Any]:
+    """What Orbax's `_METADATA` says of a tree of NumPy arrays."""
     tree = {}
-    for name in tensors:
+    for name in names:
         keys = tuple(name.split("/"))
         tree[str(keys)] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],
