@@ -1,7 +1,7 @@
 """Normalisation statistics, which belong to a checkpoint and are found beside or above it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,7 @@ from etils import epath
 
 FOLDER, FILE = "assets", "norm_stats.json"
 
-# An asset's id may be that of a data set on the hub, with its owner's name: two folders.
-_PATTERNS = (FILE, f"*/{FILE}", f"*/*/{FILE}")
+_DEEPEST = 2  # an asset's id may be that of a data set on the hub, with its owner's name
 
 
 def find(weights: epath.Path) -> dict[str, bytes]:
@@ -29,18 +28,24 @@ def find(weights: epath.Path) -> dict[str, bytes]:
     folder = weights if weights.is_dir() else weights.parent
     for place in (folder, folder.parent, folder.parent.parent):
         assets = place / FOLDER
-        files = {
-            str(path.relative_to(assets)): path
-            for pattern in _PATTERNS
-            for path in assets.glob(pattern)
-        }
+        files = {str(path.relative_to(assets)): path for path in _below(assets, _DEEPEST)}
         if (place / FILE).exists():
             files.setdefault(FILE, place / FILE)
         for name, path in sorted(files.items()):
             if name not in found:
                 found[name] = path.read_bytes()
-                statistics(name, found[name])
+                statistics(str(path), found[name])
     return found
+
+
+def _below(folder: epath.Path, deepest: int) -> Iterator[epath.Path]:
+    if not folder.is_dir():
+        return
+    if (folder / FILE).exists():
+        yield folder / FILE
+    if deepest:
+        for each in folder.iterdir():
+            yield from _below(each, deepest - 1)
 
 
 def statistics(name: str, data: bytes) -> Mapping[str, Any]:
@@ -52,11 +57,9 @@ def statistics(name: str, data: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(data)["norm_stats"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{FOLDER}/{name}: expected JSON with 'norm_stats', got {error!r}"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{FOLDER}/{name}: expected statistics by name, got {found!r}")
+        raise ValueError(f"{name}: expected JSON with 'norm_stats', got {error!r}") from error
+    if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
+        raise ValueError(f"{name}: expected statistics by name, got {found!r}")
     return found
 
 

@@ -4,9 +4,13 @@ The flags are those of openpi's own script. What a user did wrong ends with a me
 it and status 2; a result that does not act as its source, under `--verify`, with status 1.
 """
 
+import contextlib
 import dataclasses
+import io
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +29,7 @@ from convert import conversion, inspection
 from convert.conversion import Conversion
 from convert.source import open_source
 
-BAD_INPUT, NOT_THE_SAME = 2, 1
+BAD_INPUT, NOT_THE_SAME, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,15 +112,35 @@ def convert_pytorch_model_to_jax(arguments: Sequence[str] | None = None) -> None
 
 
 def _main(name: str, options: type[Options], arguments: Sequence[str] | None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no π is no error
     given = tyro.cli(options, prog=name, args=arguments, use_underscores=True)
     try:
-        status = run(given)
+        with _terminable():
+            status = run(given)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"{name}: error: {error}", file=sys.stderr)
         status = BAD_INPUT
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """A request to end, as batch systems send it, unwinds: what was half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(options: Options) -> int:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from convert import lerobot
+from convert import json_file, lerobot
 from convert.lerobot_stats import PREPROCESSOR_FILE
 from pruner_spec.config import (
     GemmaVariant,
@@ -65,22 +66,23 @@ def read(folder: epath.Path) -> dict[str, Any]:
     path = folder / NAME
     if not path.exists():
         return {}
-    found = _object(path)
+    found = json_file.read(path)
     if "type" in found:
-        steps = folder / PREPROCESSOR_FILE
-        return lerobot.config_fields(found, _object(steps) if steps.exists() else None)
-    known = [name for name in _FIELDS if name not in found.get("assumed", ())]
-    return {name: _field(path, name, found[name]) for name in known if found.get(name) is not None}
+        found = _lerobots(path, found)
+    assumed = found.get("assumed", [])
+    if not isinstance(assumed, list):
+        raise ValueError(f"{path}: assumed: expected a list of names, got {assumed!r}")
+    known = [name for name in _FIELDS if name not in assumed and found.get(name) is not None]
+    return {name: _field(path, name, found[name]) for name in known}
 
 
-def _object(path: epath.Path) -> dict[str, Any]:
+def _lerobots(path: epath.Path, found: dict[str, Any]) -> dict[str, Any]:
+    steps = path.parent / PREPROCESSOR_FILE
+    preprocessor = json_file.read(steps) if steps.exists() else None
     try:
-        found = json.loads(path.read_text())
+        return lerobot.config_fields(found, preprocessor)
     except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(found).__name__}")
-    return found
+        raise ValueError(f"{path.parent}: {error}") from error
 
 
 def _field(path: epath.Path, name: str, value: Any) -> Any:
@@ -90,13 +92,33 @@ def _field(path: epath.Path, name: str, value: Any) -> Any:
         if isinstance(value, str):
             _VARIANTS[name](value)
             return value
-        return _variant(name, dict(value))
+        return _variant(name, value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {name}: {error}") from error
 
 
-def _variant(name: str, sizes: dict[str, Any]) -> GemmaVariant | VisionVariant:
+def _variant(name: str, given: Any) -> GemmaVariant | VisionVariant:
+    if not isinstance(given, dict):
+        raise ValueError(f"expected a variant's name or its sizes, got {given!r}")
+    sizes = {**given}
+    lora = sizes.pop("lora", None)
+    _check_sizes(sizes)
     if name == "vision_variant":
         return VisionVariant(**sizes)
-    lora = sizes.pop("lora", None)
-    return GemmaVariant(**sizes, lora=None if lora is None else LoraVariant(**lora))
+    return GemmaVariant(**sizes, lora=None if lora is None else _lora(lora))
+
+
+def _lora(given: Any) -> LoraVariant:
+    if not isinstance(given, dict) or given.keys() != {"rank", "alpha"}:
+        raise ValueError(f"lora: expected a rank and an alpha, got {given!r}")
+    _check_sizes({"rank": given["rank"]})
+    alpha = given["alpha"]
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
+    return LoraVariant(rank=given["rank"], alpha=alpha)
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")

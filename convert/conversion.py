@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from convert import assets, config_file, lerobot, output, peft
-from convert.mapping import Side, convert_group, groups
+from convert.mapping import Side, convert_all
 from convert.reading import ADAPTER_FILE, ADAPTER_FOLDER, ADAPTER_PREFIX, SAFETENSORS_FILE
 from convert.source import Source, open_source
 from convert.writing import OrbaxSink, SafetensorsSink, Sink, size_of
@@ -32,6 +32,7 @@ _DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
 }
+_FLOATS = (*_DTYPES.values(), np.dtype(np.float64))  # 8 bits need scales that stand elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,17 +240,31 @@ def _silent(total: int) -> Callable[[int], None]:
 
 
 def _want(source: Source, *, is_orbax: bool) -> None:
+    """Raises a ValueError unless the source is of that kind, and its arrays are weights."""
     if source.is_orbax != is_orbax:
-        kinds = ("safetensors, which convert_pytorch_model_to_jax converts", "an Orbax checkpoint")
-        raise ValueError(
-            f"checkpoint_dir: expected {'an Orbax' if is_orbax else 'a safetensors'} checkpoint, "
-            f"got {source.place}: {kinds[not is_orbax]}"
+        wanted, command = (
+            ("an Orbax", "convert_pytorch_model_to_jax")
+            if is_orbax
+            else ("a safetensors", "convert_jax_model_to_pytorch")
         )
+        raise ValueError(
+            f"checkpoint_dir: expected {wanted} checkpoint, got {source.place}, "
+            f"which {command} takes"
+        )
+    other = [
+        f"{name}: expected floating-point numbers, got {array.dtype}"
+        for name, array in source.arrays.items()
+        if array.dtype not in _FLOATS
+    ]
+    if other:
+        raise ValueError("\n".join([f"{source.place}: expected weights, got other arrays", *other]))
 
 
 def _place(output_path: Path_, source: Source, overwrite: bool) -> Path:
     """The output's place, if it may be written."""
-    path = Path(os.path.abspath(output_path))
+    if re.match(r"\w+:/", os.fspath(output_path)):
+        raise ValueError(f"output_path: expected a folder on this machine, got {output_path}")
+    path = Path(os.path.realpath(output_path))
     is_local = "://" not in str(source.place)
     output.check_place(path, Path(source.place) if is_local else None, overwrite=overwrite)
     return path
@@ -326,8 +341,7 @@ def _convert(
                 prefix = route(name)
                 sinks[prefix].write(prefix + name, start, array)
 
-            for group in groups(source.side, target):
-                convert_group(group, source.arrays, source.side, target, write)
+            convert_all(source.arrays, source.side, target, write)
 
 
 @contextlib.contextmanager

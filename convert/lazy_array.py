@@ -19,6 +19,7 @@ class LazyArray:
         read: reads what an index selects.
         stream: see `pieces`; None where an index costs no more than what it selects.
         chunks: the shape of what is stored in one piece; None for the whole array.
+        fill: reads all of it into a contiguous array; None where `read` is as good.
     """
 
     shape: tuple[int, ...]
@@ -26,6 +27,7 @@ class LazyArray:
     read: Callable[[Any], np.ndarray]
     stream: Pieces | None = None
     chunks: tuple[int, ...] | None = None
+    fill: Callable[[np.ndarray], object] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ from convert.lerobot_stats import (
     NormStats,
     checked,
     policy_type,
+    steps_of,
     tensors,
 )
 from pruner_spec.config import CAMERAS, IMAGE_SIZE, Pi0Config
@@ -114,7 +115,8 @@ def config_fields(
     fields |= {"pi05": pi05, "vision_variant": VISION_VARIANT}
     fields["max_token_len"] = policy_config.get("tokenizer_max_length", 200 if pi05 else 48)
     if preprocessor is not None:
-        names = [step.get("registry_name") for step in preprocessor["steps"]]
+        steps = steps_of(preprocessor, PREPROCESSOR_FILE)
+        names = [step.get("registry_name") for step in steps]
         fields["discrete_state_input"] = _STATE_PROMPT in names
     return fields
 

@@ -10,7 +10,6 @@ LeRobot normalises as openpi does, but for openpi's 1e-6 (`EPSILON`), which it h
 A robot's state has to be as long as its statistics: openpi cuts longer ones, and LeRobot fails.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+
+from convert import json_file
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
@@ -68,10 +69,10 @@ def norm_stats_of(folder: pathlib.Path) -> Arrays | None:
 
     Raises:
         FileNotFoundError: there is no config, or no file with statistics that a step names.
-        ValueError: the policy normalises otherwise than openpi's, lacks a mean or std, which
-            openpi's file can't do without, or has broken files.
+        ValueError: the policy normalises otherwise than openpi's, lacks statistics or a mean or
+            std, which openpi's file can't do without, or has broken files.
     """
-    mode = MODES[policy_type(read_json(folder / CONFIG_FILE))]
+    mode = MODES[policy_type(json_file.read(folder / CONFIG_FILE))]
     places = {
         "state": (PREPROCESSOR_FILE, "normalizer_processor", "STATE"),
         "actions": (POSTPROCESSOR_FILE, "unnormalizer_processor", "ACTION"),
@@ -80,11 +81,13 @@ def norm_stats_of(folder: pathlib.Path) -> Arrays | None:
     for key, (file, step_name, kind) in places.items():
         for step in _steps(folder / file, step_name):
             stats = _stored(folder, step, FEATURES[key])
-            used = step["config"]["norm_map"].get(kind, "IDENTITY")
+            used = _norm_map(step, folder / file).get(kind, "IDENTITY")
             if stats and used != mode:
                 raise ValueError(f"{folder / file}: {kind}: expected openpi's {mode}, got {used}")
             if stats:
                 found[key] = _complete(stats, _ALWAYS, key)
+    if lacking := sorted(FEATURES.keys() - found.keys()) if found else []:
+        raise ValueError(f"{folder}: expected statistics of {sorted(FEATURES)}, lacks {lacking}")
     return found or None
 
 
@@ -94,14 +97,6 @@ def policy_type(policy_config: Mapping[str, Any]) -> str:
     if policy not in MODES:
         raise ValueError(f"type: expected a LeRobot policy of {sorted(MODES)}, got {policy!r}")
     return policy
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """A file's content; raises ValueError, which names the file, unless it is JSON."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
 
 
 def _arrays(stats: Mapping[str, ArrayLike | None], key: str, most: int) -> dict[str, np.ndarray]:
@@ -132,16 +127,32 @@ def _complete(
     return stats
 
 
+def steps_of(pipeline: Mapping[str, Any], file: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The steps in the content of a `policy_preprocessor.json`; raises ValueError if it is none."""
+    steps = pipeline.get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ValueError(f"{file}: expected a pipeline's 'steps', got {steps!r}")
+    return steps
+
+
 def _steps(file: pathlib.Path, name: str) -> list[dict[str, Any]]:
-    steps = read_json(file)["steps"] if file.exists() else []
+    steps = steps_of(json_file.read(file), file) if file.exists() else []
     return [step for step in steps if step.get("registry_name") == name]
+
+
+def _norm_map(step: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+    settings = step.get("config")
+    norm_map = settings.get("norm_map") if isinstance(settings, dict) else None
+    if not isinstance(norm_map, dict):
+        raise ValueError(f"{file}: norm_map: expected modes by kind, got {norm_map!r}")
+    return norm_map
 
 
 def _stored(folder: pathlib.Path, step: dict[str, Any], feature: str) -> dict[str, np.ndarray]:
     """A feature's statistics in a step's file, where it has one."""
     if "state_file" not in step:
         return {}
-    path = folder / step["state_file"]
+    path = folder / str(step["state_file"])
     if not path.exists():
         raise FileNotFoundError(f"expected statistics, got a path that does not exist: {path}")
     try:

@@ -3,15 +3,18 @@
 The rows of both layouts meet in our parameters. A group is the rows that share some, such as
 openpi's `kv_einsum` on one side and `k_proj` and `v_proj` on the other: for each layer, all that a
 group has is read, split into our arrays, and merged into the tensors of the other side. What is in
-memory is a layer of one group.
+memory is a layer of each of the two groups that are converted at a time.
 """
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from convert.blocks import copy
 from convert.lazy_array import LazyArray
 from pruner_spec import lora
 from pruner_spec.config import Pi0Config
@@ -22,6 +25,7 @@ from pruner_spec.parameters import parameter_table
 Write = Callable[[str, int | None, np.ndarray], None]
 
 _STREAMED = 16 << 20  # bytes of a table that are in memory at once
+_AT_ONCE = 2  # groups; more would take more memory than they save time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,38 @@ def _unite(members: dict[str, set[str]], names: tuple[str, ...]) -> None:
     members.update(dict.fromkeys(together, together))
 
 
+def convert_all(arrays: Mapping[str, LazyArray], source: Side, target: Side, write: Write) -> None:
+    """Converts all groups, two at a time and the largest first, so that both end together.
+
+    Args:
+        arrays, source, target: as for `convert_group`.
+        write: as for `convert_group`; two threads call it side by side, of different tensors.
+    """
+    failed = threading.Event()
+
+    def write_or_stop(name: str, start: int | None, array: np.ndarray) -> None:
+        if failed.is_set():
+            raise concurrent.futures.CancelledError
+        write(name, start, array)
+
+    def size(group: Group) -> int:
+        names = [name for row in group.sources for name in row.names(source.config)]
+        return sum(arrays[name].nbytes for name in names)
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        tasks = [
+            pool.submit(convert_group, group, arrays, source, target, write_or_stop)
+            for group in sorted(groups(source, target), key=size, reverse=True)
+        ]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                task.result()
+        except BaseException:
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def convert_group(
     group: Group, arrays: Mapping[str, LazyArray], source: Side, target: Side, write: Write
 ) -> None:
@@ -103,6 +139,7 @@ def convert_group(
         _copy(arrays[name], lambda start, rows: write(target_name, start, rows))
         return
     layers = [_layers(row, arrays, source.config) for row in group.sources]
+    stacks: dict[Any, np.ndarray] = {}
     kept = parameter_table(target.config).keys()
     for layer in range(group.layers or 1):
         ours: dict[str, np.ndarray] = {}
@@ -110,7 +147,8 @@ def convert_group(
             ours |= zip(row.ours, _one_layer(row).split(next(tensors), source.config), strict=True)
         _merge_adapters(ours, source.config, kept)
         for row in group.targets:
-            tensor = _one_layer(row).merge([ours[name] for name in row.ours], target.config)
+            parts = [ours[name] for name in row.ours]
+            tensor = _merge(_one_layer(row), parts, target.config, stacks)
             if _is_stacked(row):
                 write(row.theirs, layer, tensor[None])
             else:
@@ -129,7 +167,34 @@ def _layers(row: Row, arrays: Mapping[str, LazyArray], config: Pi0Config) -> Ite
     """A row's tensor layer by layer, or the one that it is."""
     if _is_stacked(row):
         return (piece[0] for piece in ahead(arrays[row.theirs].pieces(1)))
-    return (np.asarray(arrays[name]) for name in row.names(config))
+    return _in_turn([arrays[name] for name in row.names(config)])
+
+
+def _in_turn(arrays: Sequence[LazyArray]) -> Iterator[np.ndarray]:
+    """Whole arrays of one shape, each read into the memory of the one before."""
+    memory = None
+    for array in arrays:
+        if array.fill is None:
+            yield np.asarray(array)
+            continue
+        if memory is None or memory.dtype != array.dtype:
+            memory = np.empty(array.shape, array.dtype)
+        array.fill(memory)
+        yield memory
+
+
+def _merge(
+    row: Row, parts: Sequence[np.ndarray], config: Pi0Config, stacks: dict[Any, np.ndarray]
+) -> np.ndarray:
+    """As `row.merge`; parts are put on each other in the same memory for every layer."""
+    if len(parts) == 1:
+        return row.merge(parts, config)
+    shape, dtype = (len(parts), *parts[0].shape), np.result_type(*(part.dtype for part in parts))
+    stack = stacks.setdefault((row.theirs, dtype), np.empty(shape, dtype))
+    for place, part in zip(stack, parts, strict=True):
+        copy(place, part)
+    # To a row with one parameter, the stack is the array that has the axis `two` already.
+    return dataclasses.replace(row, ours=row.ours[:1]).merge([stack], config)
 
 
 def _is_stacked(row: Row) -> bool:

@@ -10,8 +10,8 @@ What has another format than openpi's (zarr 2 or 3, zstd or nothing) is read by 
 import dataclasses
 import io
 import itertools
-import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,17 +19,23 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from convert import json_file
 from convert.lazy_array import LazyArray
 
 # The file that describes an array beside its chunks, and TensorStore's driver for that format.
 _ZARR_DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
-_BLOCK = 4 << 20  # compressed bytes read at a time, of each chunk
+_BLOCK = 2 << 20  # compressed bytes read at a time, of each chunk
 
 
 def is_orbax(folder: epath.Path) -> bool:
     """Whether an Orbax checkpoint's own files stand in a folder."""
-    marks = ("_METADATA", "manifest.ocdbt", "*/.zarray", "*/zarr.json")
-    return any(next(iter(folder.glob(mark)), None) for mark in marks)
+    if not folder.is_dir():
+        return False
+    marks = ("_METADATA", "manifest.ocdbt")
+    # Not by a pattern, in which a folder's own name may mean something else.
+    return any((folder / mark).exists() for mark in marks) or any(
+        (array / file).exists() for array in folder.iterdir() for file in _ZARR_DRIVERS
+    )
 
 
 def open_orbax(folder: epath.Path) -> dict[str, LazyArray]:
@@ -53,10 +59,16 @@ def open_orbax(folder: epath.Path) -> dict[str, LazyArray]:
             for array, store in stores.items()
         }
     except ValueError as error:
-        raise ValueError(f"{folder}: expected an Orbax checkpoint, got {error}") from error
+        got = without_spec(error)
+        raise ValueError(f"{folder}: expected an Orbax checkpoint, got {got}") from error
     if not found:
         raise ValueError(f"{folder}: expected an Orbax checkpoint, got one without arrays")
     return found
+
+
+def without_spec(error: Exception) -> str:
+    """What TensorStore says, without all the settings that it says it of."""
+    return re.sub(r" \[tensorstore_spec='.*?'\]", "", str(error), flags=re.DOTALL)
 
 
 def _kvstore(folder: epath.Path) -> Any:
@@ -81,7 +93,7 @@ def _stores_every_chunk(folder: epath.Path) -> bool:
     metadata = folder / "_METADATA"
     if not metadata.exists():
         return False
-    return json.loads(metadata.read_text()).get("store_array_data_equal_to_fill_value", False)
+    return json_file.read(metadata).get("store_array_data_equal_to_fill_value", False)
 
 
 def _lazy(folder: epath.Path, array: str, store: Any, kvstore: Any, strict: bool) -> LazyArray:
@@ -92,7 +104,7 @@ def _lazy(folder: epath.Path, array: str, store: Any, kvstore: Any, strict: bool
     name = array.replace(".", "/")
 
     def explained(error: Exception) -> ValueError:
-        return ValueError(f"{folder}: {name}: expected a whole array, got {error}")
+        return ValueError(f"{folder}: {name}: expected a whole array, got {without_spec(error)}")
 
     def part(index: Any) -> np.ndarray:
         try:
@@ -208,17 +220,19 @@ class _Value(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        data = self._bytes(len(buffer))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-    def _bytes(self, count: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
+        assert size >= 0
         try:
-            return self._range(self._place + count)
+            data = self._range(self._place + size)
         except ValueError:  # nearer than this to the end, which nothing tells before
-            return self._range(None)
+            data = self._range(None)
+        self._place += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(min(len(buffer), _BLOCK))
+        buffer[: len(data)] = data
+        return len(data)
 
     def _range(self, end: int | None) -> bytes:
         return self._kvstore.read(self.key, byte_range=slice(self._place, end)).result().value

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from convert import json_file
 from pruner_spec import lora
 from pruner_spec.config import Pi0Config
 from pruner_spec.layout import OPENPI_TORCH
@@ -65,7 +66,7 @@ def check(folder: epath.Path, model: Pi0Config) -> None:
     path = folder / NAME
     if not path.exists():
         raise ValueError(f"{folder}: expected {NAME} beside the adapter, got none")
-    found, expected = json.loads(path.read_text()), config(model)
+    found, expected = json_file.read(path), config(model)
     for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if found.get(name) != expected[name]:
             raise ValueError(f"{path}: {name}: expected {expected[name]}, got {found.get(name)}")

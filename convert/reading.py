@@ -41,11 +41,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, LazyArray]:
     """
     place, open_place = locate(path)
     arrays = open_place(place)
-    adapter = place.parent / ADAPTER_FOLDER / ADAPTER_FILE
-    if open_place is not open_orbax and adapter.exists():
-        found = open_safetensors(adapter)
-        arrays |= {name.removeprefix(ADAPTER_PREFIX): array for name, array in found.items()}
-    return arrays
+    if open_place is open_orbax:
+        return arrays
+    factors = _open_adapter(place)
+    if both := sorted(arrays.keys() & factors.keys()):
+        raise ValueError(f"{place}: expected arrays that its adapter has not, got both for {both}")
+    return arrays | factors
+
+
+def _open_adapter(place: epath.Path) -> dict[str, LazyArray]:
+    """The adapter that belongs to a safetensors file; nothing where there is none."""
+    folder, stray = place.parent / ADAPTER_FOLDER, place.parent / ADAPTER_FILE
+    if stray.exists() and stray != place:
+        raise ValueError(f"{stray}: expected adapters in {folder}, got them beside the weights")
+    if not folder.exists():
+        return {}
+    if not (folder / ADAPTER_FILE).exists():
+        raise FileNotFoundError(f"{folder}: expected {ADAPTER_FILE} in it, got none")
+    factors = open_safetensors(folder / ADAPTER_FILE)
+    return {name.removeprefix(ADAPTER_PREFIX): factor for name, factor in factors.items()}
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[epath.Path, Opener]:
@@ -81,10 +95,7 @@ def _checkpoints_in(folder: epath.Path) -> dict[epath.Path, Opener]:
 
 
 def _open_sharded_safetensors(index: epath.Path) -> dict[str, LazyArray]:
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{index}: expected JSON with a 'weight_map', got {error!r}") from error
+    files = _weight_map(index)
     missing = sorted({file for file in files.values() if not (index.parent / file).exists()})
     if missing:
         raise FileNotFoundError(f"{index}: expected the files it names, got none for {missing}")
@@ -92,4 +103,19 @@ def _open_sharded_safetensors(index: epath.Path) -> dict[str, LazyArray]:
     absent = sorted(name for name, file in files.items() if name not in shards[file])
     if absent:
         raise ValueError(f"{index}: expected arrays in the files it names, got none for {absent}")
+    extra = sorted(
+        name for file, shard in shards.items() for name in shard if files.get(name) != file
+    )
+    if extra:
+        raise ValueError(f"{index}: expected every array of its files in it, not got {extra}")
     return {name: shards[file][name] for name, file in files.items()}
+
+
+def _weight_map(index: epath.Path) -> dict[str, str]:
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(file, str) for file in files.values()):
+            raise ValueError("a name of a file that is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected JSON with a 'weight_map', got {error!r}") from error
+    return files

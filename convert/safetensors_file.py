@@ -100,15 +100,16 @@ def _header(path: epath.Path) -> tuple[dict[str, Any], int]:
 
 def _tensor(path: epath.Path, name: str, entry: Any, data: int) -> Tensor:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        count = math.prod(shape)
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"{name} described as {entry!r}") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name}: expected a dtype of {sorted(DTYPES)}, got {dtype}")
-    if end - begin != count * DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise _broken(path, f"{name} of {dtype} {list(shape)} in {end - begin} bytes")
-    return Tensor(DTYPES[dtype], shape, data + begin, data + end)
+    return Tensor(DTYPES[dtype], tuple(shape), data + begin, data + end)
 
 
 def _broken(path: epath.Path, found: str) -> ValueError:
@@ -135,7 +136,10 @@ def _lazy(path: epath.Path, name: str, tensor: Tensor) -> LazyArray:
     def stream(rows: int) -> Iterator[np.ndarray]:
         return _stream(path, name, tensor, rows)
 
-    return LazyArray(tensor.shape, tensor.dtype, read, stream)
+    def whole(array: np.ndarray) -> None:
+        fill(array, tensor.begin)
+
+    return LazyArray(tensor.shape, tensor.dtype, read, stream, fill=whole)
 
 
 def _rows(index: int | slice, length: int) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """A checkpoint that is to be converted: what it holds, and what model it is of."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,6 +125,8 @@ def _resolved(name: str, value: Any) -> Any:
 def _scaled(config: Pi0Config, scale: float | None) -> Pi0Config:
     if scale is None:
         return config
+    if not math.isfinite(scale):
+        raise ValueError(f"lora_scale: expected a finite number, got {scale}")
     if not config.has_lora:
         raise ValueError(f"lora_scale: expected none for a model without adapters, got {scale}")
     changed = {}

@@ -2,29 +2,34 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorstore
 
-from convert.blocks import blocks, is_finite
+from convert.blocks import blocks, copy, is_finite
+from convert.orbax_reading import without_spec
 from convert.safetensors_file import SafetensorsFile, in_order, size_of
 
 Tensors = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 Progress = Callable[[int], None]  # takes the number of bytes that are done, as they are
 
 _WORKERS = 2
-# An Orbax array up to this many bytes is one chunk; of a larger one, a layer or as many rows are.
-_ONE_CHUNK = 64 << 20
+# Bytes of an Orbax array that are stored in one piece, at the most. Memory for as many stays in the
+# process and is used again; for more than 32 MiB the C library asks the system, which is slow.
+_CHUNK = 16 << 20
+_GATHERED = 64 << 20  # bytes of whole rows that are written at once, so that chunks go side by side
 
 
 class Sink(Protocol):
-    """Takes tensors in any order, whole or by rows, and finishes when all are there."""
+    """Takes tensors in any order, whole or by rows from the first on, until all are there."""
 
     def write(self, name: str, start: int | None, array: np.ndarray) -> None:
         """Takes the rows of a tensor from `start` on; None for a whole tensor.
@@ -143,11 +148,12 @@ def check_finite(name: str, rows: np.ndarray, source: np.ndarray, allow: bool) -
     """Raises a ValueError where numbers are not finite, or no longer are after a cast."""
     if is_finite(rows):
         return
-    if is_finite(np.ascontiguousarray(source)):
-        largest = np.abs(source.astype(np.float64)).max()
+    lost = np.isfinite(source) & ~np.isfinite(rows)
+    if lost.any():
+        largest = np.abs(source[lost].astype(np.float64)).max()
         raise ValueError(f"{name}: expected numbers that {rows.dtype} can hold, got {largest:.4g}")
     if not allow:
-        count = int((~np.isfinite(rows.astype(np.float32))).sum())
+        count = int((~np.isfinite(rows)).sum())
         raise ValueError(
             f"{name}: expected finite weights, got {count} that are infinite or NaN in "
             f"{rows.size} looked at (--allow_non_finite takes them)"
@@ -175,24 +181,25 @@ class OrbaxSink:
         folder.mkdir()
         self._folder, self._tensors = folder, tensors
         self._allow_non_finite, self._progress = allow_non_finite, progress
-        self._context = tensorstore.Context()
+        self._context = tensorstore.Context({"file_io_sync": False})  # `close` waits for the disk
         self._stores: dict[str, Any] = {}
-        self._gathered: dict[str, tuple[np.ndarray, int]] = {}
-        self._pending: list[Any] = []
+        self._gathered: dict[str, _Rows] = {}
+        self._under_way: dict[str, Any] = {}
 
     def write(self, name: str, start: int | None, array: np.ndarray) -> None:
-        values = np.array(array, self._tensors[name][0], order="C")
-        check_finite(name, values, array, self._allow_non_finite)
-        if start is None:
-            self._write(self._store(name), values)
-        else:
-            self._gather(name, start, values)
-        self._progress(values.nbytes)
+        start = start or 0
+        while len(array):
+            rows = self._gathered.get(name) or self._first_rows(name)
+            part = array[: rows.end - start]
+            place = rows.values[start - rows.first :][: len(part)]
+            copy(place, part)
+            check_finite(name, place, part, self._allow_non_finite)
+            start, array = start + len(part), array[len(part) :]
+            if start == rows.end:
+                self._write(name, rows)
+            self._progress(place.nbytes)
 
     def close(self) -> None:
-        while self._pending:
-            self._pending[0].result()
-            del self._pending[0]
         assert not self._gathered
         assert self._stores.keys() == self._tensors.keys()
         metadata = self._folder / "_METADATA"
@@ -203,41 +210,55 @@ class OrbaxSink:
 
     def abandon(self) -> None:
         # What is under way cannot be called back: it would appear in a folder that was removed.
-        for pending in self._pending:
+        for writing in self._under_way.values():
             with contextlib.suppress(Exception):
-                pending.result()
+                writing.result()
 
-    def _gather(self, name: str, start: int, values: np.ndarray) -> None:
-        """Writes chunks that are whole, and keeps the rows of one that is not."""
+    def _first_rows(self, name: str) -> "_Rows":
         dtype, shape = self._tensors[name]
-        rows = chunk_shape(dtype, shape)[0]
-        while len(values):
-            first = start // rows * rows
-            length = min(rows, shape[0] - first)
-            chunk, count = self._gathered.pop(name, (None, 0))
-            chunk = np.empty((length, *shape[1:]), dtype) if chunk is None else chunk
-            part = values[: first + length - start]
-            chunk[start - first : start - first + len(part)] = part
-            if count + len(part) == length:
-                self._write(self._store(name)[first : first + length], chunk)
-            else:
-                self._gathered[name] = (chunk, count + len(part))
-            start, values = start + len(part), values[len(part) :]
+        chunk = chunk_shape(dtype, shape)[0]
+        length = min(shape[0], chunk * max(1, _GATHERED // size_of(dtype, (chunk, *shape[1:]))))
+        self._gathered[name] = _Rows(0, np.empty((length, *shape[1:]), dtype))
+        return self._gathered[name]
+
+    def _write(self, name: str, rows: "_Rows") -> None:
+        """Writes what was gathered, and goes on to the rows behind it, in the same memory."""
+        place = self._store(name)[rows.first : rows.end]
+        self._under_way[name] = place.write(rows.values)
+        _result(self._under_way[name])
+        left = self._tensors[name][1][0] - rows.end
+        if left:
+            self._gathered[name] = _Rows(rows.end, rows.values[:left])
+        else:
+            del self._gathered[name]
 
     def _store(self, name: str) -> Any:
         if name not in self._stores:
             dtype, shape = self._tensors[name]
             spec = array_spec(self._folder, name, dtype, shape, chunk_shape(dtype, shape))
-            opening = tensorstore.open(spec, context=self._context, create=True)
-            self._stores[name] = opening.result()
+            self._under_way[name] = tensorstore.open(spec, context=self._context, create=True)
+            self._stores[name] = _result(self._under_way[name])
         return self._stores[name]
 
-    def _write(self, place: Any, values: np.ndarray) -> None:
-        """One array is compressed while the next one is read."""
-        while len(self._pending) >= _WORKERS:
-            self._pending[0].result()
-            del self._pending[0]
-        self._pending.append(place.write(values))
+
+class _Rows(NamedTuple):
+    """Rows of a tensor that are written together, and the first of them."""
+
+    first: int
+    values: np.ndarray
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.values)
+
+
+def _result(future: Any) -> Any:
+    """TensorStore's, whose errors are all of one kind: here is none that is not the disk's."""
+    try:
+        return future.result()
+    except ValueError as error:
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, without_spec(error)) from error
 
 
 def array_spec(
@@ -270,11 +291,11 @@ def array_spec(
 
 
 def chunk_shape(dtype: np.dtype, shape: tuple[int, ...]) -> list[int]:
-    """The chunks of a stored array: one, or as many rows as 64 MiB hold, and at least one."""
-    size = size_of(dtype, shape)
-    if size <= _ONE_CHUNK:
-        return list(shape)
-    return [max(1, _ONE_CHUNK * shape[0] // size), *shape[1:]]
+    """The chunks of a stored array: one, or a part of the first axis, then of the next ones."""
+    chunks = list(shape)
+    for axis, length in enumerate(shape):
+        chunks[axis] = min(length, max(1, _CHUNK * length // size_of(dtype, chunks)))
+    return chunks
 
 
 def tree_metadata(names: Iterable[str]) -> dict[str, Any]:
