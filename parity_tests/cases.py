@@ -94,6 +94,14 @@ BUDGETS = {
 # The tiny model's variants with adapters, of ranks 9 and 14 and scales 1/2 and 1/4.
 TINY_ADAPTED = {"paligemma_variant": "tiny_lora", "action_expert_variant": "tiny_expert_lora"}
 
+# Which of the two experts have adapters.
+ADAPTERS = {
+    "none": {},
+    "both": TINY_ADAPTED,
+    "language": {"paligemma_variant": "tiny_lora"},
+    "action": {"action_expert_variant": "tiny_expert_lora"},
+}
+
 
 def tiny_config(**settings: object) -> Pi0Config:
     """A π0.5 whose sizes are pairwise distinct: 49 patches a camera, layers of 5 and 3."""
@@ -146,16 +154,23 @@ class ModelCase:
     pi05: bool
     pruning: str
     batch: str
+    adapters: str = "none"
+
+    @property
+    def name(self) -> str:
+        adapted = "" if self.adapters == "none" else "-adapted"
+        return f"{'pi05' if self.pi05 else 'pi0'}-{self.pruning}-{self.batch}{adapted}"
 
     def config(self, dtype: str) -> Pi0Config:
         """The tiny model's config."""
-        return tiny_config(dtype=dtype, pi05=self.pi05, **PRUNING[self.pruning])
+        rows = PRUNING[self.pruning] | ADAPTERS[self.adapters]
+        return tiny_config(dtype=dtype, pi05=self.pi05, **rows)
 
 
 _TWO, _ALL = "2, third camera masked in one", "4, all kinds"
 
 MODEL_CASES = {
-    f"{'pi05' if case.pi05 else 'pi0'}-{case.pruning}-{case.batch}": case
+    case.name: case
     for case in (
         ModelCase(True, "unpruned", _TWO),
         ModelCase(True, "implicit", _TWO),
@@ -167,5 +182,12 @@ MODEL_CASES = {
         ModelCase(False, "unpruned", _ALL),
         ModelCase(False, "implicit", _TWO),
         ModelCase(False, "a quarter, joint", "1"),
+        ModelCase(True, "unpruned", "1", "both"),
+        ModelCase(True, "implicit", _TWO, "both"),
+        ModelCase(False, "unpruned", _TWO, "both"),
+        ModelCase(False, "5 a camera", "1", "both"),
     )
 }
+
+# For what comes before Gemma, or is about padding: an adapter takes tokens one by one.
+UNADAPTED_CASES = {name: case for name, case in MODEL_CASES.items() if case.adapters == "none"}

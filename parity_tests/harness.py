@@ -60,6 +60,14 @@ class JaxBackend:
         found = jax.grad(function, argnums=tuple(range(len(arguments))))(*arguments)
         return tuple(map(np.asarray, found))
 
+    def layer(self, stacked: Any, place: int) -> Any:
+        """One of the layers that `layers.stack` made."""
+        import jax
+        from flax import nnx
+
+        graph, state = nnx.split(stacked)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[place], state))
+
     def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "JaxModel":
         return JaxModel(config, parameters)
 
@@ -103,6 +111,10 @@ class TorchBackend:
         for argument in arguments:
             argument.requires_grad_(True)
         return tuple(map(self.numpy, torch.autograd.grad(function(*arguments), arguments)))
+
+    def layer(self, stacked: Any, place: int) -> Any:
+        """One of the layers that `layers.stack` made."""
+        return stacked[place]
 
     def model(self, config: Pi0Config, parameters: Mapping[str, np.ndarray]) -> "TorchModel":
         return TorchModel(config, parameters)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from parity_tests.cases import tiny_config
+from parity_tests.cases import ADAPTERS, tiny_config
 from parity_tests.harness import BACKENDS
 from pruner_spec import layout
 from pruner_spec.layout import LAYOUTS, OPENPI_JAX, OPENPI_TORCH
@@ -23,6 +23,11 @@ CONFIGS = {
     f"{model}, {dtype}": tiny_config(pi05=pi05, dtype=dtype)
     for model, pi05 in (("π0", False), ("π0.5", True))
     for dtype in ("float64", "float32", "bfloat16")
+} | {
+    "π0, adapters in both, float32": tiny_config(pi05=False, dtype="float32", **ADAPTERS["both"]),
+    "π0.5, adapters in both, bfloat16": tiny_config(dtype="bfloat16", **ADAPTERS["both"]),
+    "π0.5, language adapters, bfloat16": tiny_config(dtype="bfloat16", **ADAPTERS["language"]),
+    "π0.5, action adapters, bfloat16": tiny_config(dtype="bfloat16", **ADAPTERS["action"]),
 }
 CONFIG = CONFIGS["π0.5, bfloat16"]
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parity_tests.cases import BATCHES, MODEL_CASES, PRUNING, tiny_config
+from parity_tests.cases import ADAPTERS, BATCHES, PRUNING, UNADAPTED_CASES, tiny_config
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters
 from parity_tests.record import check
 from pruner_spec.buckets import PATCH_BUCKETS
@@ -13,7 +13,7 @@ from pruner_spec.config import CAMERAS
 from pruner_spec.pruner import NonFiniteScoresError
 
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
-cases = pytest.mark.parametrize("case", MODEL_CASES.values(), ids=MODEL_CASES)
+cases = pytest.mark.parametrize("case", UNADAPTED_CASES.values(), ids=UNADAPTED_CASES)
 dtypes = pytest.mark.parametrize("dtype", ["float64", "float32"])
 
 
@@ -212,12 +212,14 @@ def test_jax_traces_nothing_twice_within_a_bucket():
 
 @pytest.mark.slow
 @pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
-def test_torch_compiles_whole_and_recompiles_nothing_within_a_bucket():
+@pytest.mark.parametrize("adapters", ["none", "both"])
+def test_torch_compiles_whole_and_recompiles_nothing_within_a_bucket(adapters):
     """`torch.compile` takes both halves of sampling as one graph each, and meets them once."""
     import torch
 
     backend = BACKENDS["torch"]
-    config = tiny_config(token_pruning_enabled=True, dtype="float32", token_prune_keep_tokens=5)
+    pruning = PRUNING["5 a camera"]
+    config = tiny_config(dtype="float32", **pruning, **ADAPTERS[adapters])
     model = model_of(backend, config)
     module, sampling = model.module, backend.module("sampling")
 

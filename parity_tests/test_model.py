@@ -5,7 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.cases import BATCHES, MODEL_CASES, PRUNING, tiny_config
+from parity_tests.cases import (
+    ADAPTERS,
+    BATCHES,
+    MODEL_CASES,
+    PRUNING,
+    UNADAPTED_CASES,
+    tiny_config,
+)
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters, relative_norm
 from parity_tests.record import check, report
 from pruner_spec.config import Pi0Config
@@ -62,7 +69,7 @@ def test_gemma_layers(dtype, pi05):
 
 
 @dtypes
-@cases
+@pytest.mark.parametrize("case", UNADAPTED_CASES.values(), ids=UNADAPTED_CASES)
 def test_prefix(dtype, case):
     """Tokens, positions and validity, pruned for inference and for training."""
     config = case.config(dtype)
@@ -98,9 +105,12 @@ def test_loss(dtype, case, mode):
 
 @dtypes
 @versions
-@pytest.mark.parametrize("name", ["unpruned", "implicit", "implicit, joint"])
-def test_gradient_of_every_parameter(dtype, pi05, name):
-    config = tiny_config(dtype=dtype, pi05=pi05, **PRUNING[name])
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [("unpruned", "none"), ("implicit", "none"), ("implicit, joint", "none"), ("implicit", "both")],
+)
+def test_gradient_of_every_parameter(dtype, pi05, name, adapters):
+    config = tiny_config(dtype=dtype, pi05=pi05, **PRUNING[name], **ADAPTERS[adapters])
     batch = draw_batch(config, pruner_noise=config.token_pruning_enabled)
     found, expected = (model.gradients(batch, train=True) for model in models(config))
     assert found.keys() == expected.keys() == parameter_table(config).keys()
@@ -125,9 +135,11 @@ def test_sampled_actions(dtype, case):
     check("sampled actions", dtype, BOTH, error(found, expected))
 
 
-@versions
-def test_gradient_checkpointing_changes_nothing(pi05):
-    config = tiny_config(pi05=pi05, token_pruning_enabled=True)
+@pytest.mark.parametrize(
+    ("pi05", "adapters"), [(True, "none"), (False, "both")], ids=["pi05", "pi0-adapted"]
+)
+def test_gradient_checkpointing_changes_nothing(pi05, adapters):
+    config = tiny_config(pi05=pi05, token_pruning_enabled=True, **ADAPTERS[adapters])
     batch = draw_batch(config, pruner_noise=True)
     for model in models(config):
         expected = model.gradients(batch, train=True)

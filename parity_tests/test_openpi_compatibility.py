@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from parity_tests.cases import tiny_config
+from parity_tests.cases import ADAPTERS, tiny_config
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters
 from parity_tests.record import check
 from pruner_spec.layout import OPENPI_TORCH, from_named
@@ -138,9 +138,10 @@ def test_training_draws_its_own_noise(scope):
     torch.testing.assert_close(hard, expected, rtol=0, atol=0)
 
 
-def test_openpis_state_dict_loads():
+@pytest.mark.parametrize("adapters", ["none", "both", "action"])
+def test_openpis_state_dict_loads(adapters):
     """Under openpi's own tensor names, as `safetensors.torch.load_model` gives them."""
-    config = tiny_config(dtype="float32")
+    config = tiny_config(dtype="float32", **ADAPTERS[adapters])
     weights = parameters(config)
     theirs = {
         name: torch.tensor(np.asarray(tensor))

@@ -304,6 +304,38 @@ def test_torch_indices_may_be_tensors(dtype):
     assert_identical(keys, keys_of(spec, indices=[0, 7, 2**31 - 1]))
 
 
+# Float64: the same bits, rounded later
+
+
+@backends
+@pytest.mark.parametrize("name", ["normal", "beta", "flow_matching_time"])
+def test_float64_draws_are_the_references(backend, name):
+    alpha = {"alpha": ALPHA} if name == "beta" else {}
+    shape = () if name == "flow_matching_time" else ((257, 3),)
+
+    def draws(module):
+        drawn = getattr(module, name)(keys_of(module), *shape, **alpha, dtype="float64")
+        return np.asarray(drawn)
+
+    with jax.enable_x64(True):
+        found, expected = draws(backend), draws(spec)
+    assert found.dtype == expected.dtype == np.float64
+    bound = tolerance("random numbers", "float64")
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("name", ["normal", "beta", "flow_matching_time"])
+def test_float64_draws_are_the_float32_ones_but_for_rounding(name):
+    alpha = {"alpha": ALPHA} if name == "beta" else {}
+    shape = () if name == "flow_matching_time" else ((257, 3),)
+    draw = getattr(spec, name)
+    wide, narrow = (
+        draw(keys_of(spec), *shape, **alpha, dtype=dtype) for dtype in ("float64", "float32")
+    )
+    bound = tolerance("random normal, quantile", "float32")
+    np.testing.assert_allclose(narrow, wide, rtol=0, atol=bound)
+
+
 # Distributions
 
 

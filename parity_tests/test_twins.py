@@ -18,9 +18,9 @@ JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 FILES_OF_TORCH_ALONE = {"openpi.py"}
 # A framework's own; one twin may have them where the other has not.
 FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key"}
-FRAMEWORK_NAMES = {"pi0.py: Pi0.device"}
+FRAMEWORK_NAMES = {"pi0.py: Pi0.device", "objective.py: to_device"}
 # A list of layers in PyTorch, one stacked layer in JAX; a step that JAX may have traced.
-OTHER_ANNOTATIONS = {"layers.py: stack", "randomness.py: stream_key"}
+OTHER_ANNOTATIONS = {"layers.py: stack", "objective.py: draw", "randomness.py: stream_key"}
 
 ONE_SPELLING = {
     "forward": "__call__",

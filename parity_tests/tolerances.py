@@ -19,6 +19,18 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "sampled actions": {"float64": 1e-9, "float32": 5e-5},
     # One backend against itself: padding, batching and buckets only change the order of sums.
     "same computation": {"float64": 1e-12, "float32": 1e-5},
+    # A model with adapters against the one with its kernels merged, and against openpi's einsums in
+    # float64.
+    "adapters": {"float64": 1e-12, "float32": 1e-5},
+    # Training against the spec: the schedule and a step relative, images absolute in [-1, 1].
+    "learning rate": {"float64": 1e-12},
+    "augmentation": {"float64": 1e-12, "float32": 1e-5},
+    "training step": {"float64": 1e-10},
+    "training metrics": {"float64": 1e-9},
+    # JAX against PyTorch over a run, and a backend against itself with the batch cut in parts or
+    # the layers computed twice: the loss of every step, the parameters and their average at last.
+    "training loss": {"float64": 1e-9, "float32": 1e-4},
+    "trained parameters": {"float64": 1e-8},
     # Spread of queries that are equal but for rounding.
     "collapsed spread": {"float64": 1e-6},
     # Numbers in closed form or by finite differences, relative.
@@ -30,6 +42,8 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "random normal": {"ulps": 3},
     "random beta": {"ulps": 1},
     "random flow_matching_time": {"ulps": 2},
+    # The same in float64, relative.
+    "random numbers": {"float64": 1e-13},
     # XLA's polynomial from the exact quantile, near ±3.76; moments in standard errors.
     "random normal, quantile": {"float32": 2.5e-5},
     "random moments": {"sigmas": 4.0},

@@ -1,17 +1,18 @@
 """Weights into a model and out of it; the layouts are `pruner_spec.layout`'s."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Shaped
 
 from convert.reading import open_checkpoint
 from pruner_spec import layout
 from pruner_spec.config import Pi0Config
-from pruner_spec.parameters import parameter_table
+from pruner_spec.parameters import Parameter, parameter_table
 
 if TYPE_CHECKING:
     from pruner_jax.pi0 import Pi0
@@ -32,11 +33,21 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any], config: Pi0Config) 
     """
     from pruner_jax.pi0 import Pi0  # here, since pi0 imports this module
 
-    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
-    named = layout.to_named(tree, config)
+    named = read(source, config)
     model = nnx.eval_shape(lambda: Pi0(config, seed=None))
     assign(model, named)
     return model
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any], config: Pi0Config
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights of a checkpoint by our names, each read when it is asked for.
+
+    Arguments and errors are those of `load`, the errors raised by the call.
+    """
+    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    return layout.to_named(tree, config)
 
 
 def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
@@ -45,20 +56,35 @@ def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
     return {name: np.asarray(parameters[name][...]) for name in parameter_table(model.config)}
 
 
-def assign(model: "Pi0", named: Iterable[tuple[str, np.ndarray]]) -> None:
+def assign(
+    model: "Pi0", named: Iterable[tuple[str, np.ndarray]], *, param_dtype: str | None = None
+) -> None:
     """Gives a model all its parameters, cast to the dtypes it stores them in.
 
     Args:
         model: abstract or not; what it had is replaced, one parameter at a time.
         named: pairs of our name and array [layers, ...], which is copied.
+        param_dtype: of all parameters, such as "float32" for a bfloat16 model that is to be
+            trained; None for the dtypes of the config.
 
     Raises:
         ValueError: they are not exactly the model's parameters; the model is then half assigned.
     """
     parameters = _parameters(model)
     assert parameters.keys() == parameter_table(model.config).keys()
-    for parameter, array in layout.stored(named, model.config):
-        parameters[parameter.name].set_value(jnp.array(array))
+    for parameter, array in layout.stored(named, model.config, param_dtype):
+        for name, value in unstacked(array, parameter).items():
+            parameters[name].set_value(value)
+
+
+def stacked(arrays: Mapping[str, Shaped[Array, "..."]], parameter: Parameter) -> np.ndarray:
+    """A family's array [layers, ...] from arrays by the names in the model; a copy."""
+    return np.array(arrays[parameter.name])
+
+
+def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Array, "..."]]:
+    """The inverse of `stacked`: arrays by the names in the model, as copies."""
+    return {parameter.name: jnp.array(array)}
 
 
 def _parameters(model: "Pi0") -> dict[str, nnx.Param]:

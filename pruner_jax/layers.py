@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from pruner_jax.lora import Adapter
 from pruner_spec.sequence import MASKED_LOGIT
 
 LAYER_NORM_EPSILON = 1e-6
@@ -40,15 +41,19 @@ def stack(make: Callable[[], Module], layers: int) -> Module:
 
 
 class Linear(nnx.Module):
-    """y = x · kernel + bias."""
+    """y = x · kernel + bias, and what an adapter adds if there is one."""
 
-    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, use_bias: bool = True, lora: Adapter | None = None
+    ) -> None:
         self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if use_bias else None
+        self.lora = lora
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class LayerNorm(nnx.Module):

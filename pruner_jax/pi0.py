@@ -99,6 +99,22 @@ class Suffix:
     condition: Float[Array, "B E"] | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """A batch's loss, and what it was computed from.
+
+    Attributes:
+        loss: [B, H].
+        encoded: the tokens before pruning.
+        pruned: the patches that the prefix was made of; None where none were pruned.
+    """
+
+    loss: Float[Array, "B H"]
+    encoded: Encoded
+    pruned: PrunedPatches | None
+
+
 class Pi0(nnx.Module):
     """π0 or π0.5, with or without token pruning, as its config says.
 
@@ -288,18 +304,24 @@ class Pi0(nnx.Module):
             train: soft selection, with a gradient to the scores.
         """
         encoded = self.encode(observation)
+        return self.assemble(encoded, self._pruned(encoded, pruner_noise, train))
+
+    def _pruned(
+        self, encoded: Encoded, noise: Float[Array, "*pools N N"] | None, train: bool
+    ) -> PrunedPatches | None:
+        """The patches as the config prunes them, at a static length; None for all."""
         if train and self.config.token_pruning_enabled:
-            return self.assemble(encoded, self.relax(encoded, pruner_noise))
-        if pruner_noise is not None:
+            return self.relax(encoded, noise)
+        if noise is not None:
             raise ValueError(
                 "pruner_noise: expected None unless token pruning is enabled and train=True"
             )
         if not self.config.prunes_at_inference:
-            return self.assemble(encoded)
+            return None
         cameras, patches = encoded.patches.shape[1:3]
         budget = self.config.keep_budget
         capacity = cameras * (patches if budget is None else budget)
-        return self.prune(encoded, self.select(encoded), capacity)
+        return pack(_merge(encoded.patches, 1), self.select(encoded), capacity)
 
     def embed_suffix(
         self,
@@ -355,6 +377,18 @@ class Pi0(nnx.Module):
         Raises:
             ValueError: an argument does not fit the config.
         """
+        return self.loss_terms(observation, actions, noise, time, pruner_noise, train).loss
+
+    def loss_terms(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B H A"],
+        noise: Float[Array, "B H A"],
+        time: Float[Array, "B"],
+        pruner_noise: Float[Array, "*pools N N"] | None = None,
+        train: bool = True,
+    ) -> LossTerms:
+        """`compute_loss`, with what it was computed from."""
         observation = self.prepare(observation)
         batch = observation.batch_size
         actions, noise, time = (self._as_wide(x) for x in (actions, noise, time))
@@ -364,10 +398,13 @@ class Pi0(nnx.Module):
             pruner_noise = self._as_wide(pruner_noise)
         fraction = time[:, None, None]
         noisy_actions = fraction * noise + (1 - fraction) * actions
-        prefix = self.embed_prefix(observation, pruner_noise, train)
+        encoded = self.encode(observation)
+        pruned = self._pruned(encoded, pruner_noise, train)
+        prefix = self.assemble(encoded, pruned)
         suffix = self.embed_suffix(observation.state, noisy_actions, time)
         _, output = self.joint(prefix, suffix)
-        return jnp.square(self._velocity(output) - (noise - actions)).mean(axis=-1)
+        loss = jnp.square(self._velocity(output) - (noise - actions)).mean(axis=-1)
+        return LossTerms(loss=loss, encoded=encoded, pruned=pruned)
 
     def attention(self, prefix: Prefix) -> tuple[Bool[Array, "B S+H S+H"], Int[Array, "B S+H"]]:
         """Mask and positions of the whole sequence, prefix and suffix."""

@@ -1,16 +1,18 @@
 """Named random streams: what is drawn depends on (seed, step, stream, sample) and nothing else.
 
 `jax.random` itself, behind the names of `pruner_spec.randomness`. Keys are raw words, uint32
-[B, 2], as in the other backends; all functions may be traced, and none heeds the x64 flag.
+[B, 2], as in the other backends; all functions may be traced, and none heeds the x64 flag, but for
+draws in float64, which need it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float32, Int, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Float, Float32, Int, PRNGKeyArray, Shaped, UInt32
 
 from pruner_spec import randomness as spec
 
@@ -71,25 +73,44 @@ def uniform(keys: UInt32[Array, "B 2"], shape: tuple[int, ...]) -> Float32[Array
     return _draw(jax.random.uniform, keys, shape, jnp.float32)
 
 
-def normal(keys: UInt32[Array, "B 2"], shape: tuple[int, ...]) -> Float32[Array, "B *shape"]:
-    """Normal with mean 0 and variance 1, never beyond ±5.42."""
-    return _draw(jax.random.normal, keys, shape, jnp.float32)
+def normal(
+    keys: UInt32[Array, "B 2"], shape: tuple[int, ...], dtype: str = "float32"
+) -> Float[Array, "B *shape"]:
+    """Normal with mean 0 and variance 1, never beyond ±5.42.
+
+    Args:
+        keys: one per sample, of `stream_key`.
+        shape: of one sample.
+        dtype: "float32" or "float64", of the arithmetic and the result.
+    """
+    if dtype == "float32":
+        return _draw(jax.random.normal, keys, shape, jnp.float32)
+    symmetric = uniform(keys, shape).astype(dtype) * 2.0 + spec.LOWEST_ABOVE_MINUS_ONE
+    return _erf_inv(symmetric) * math.sqrt(2.0)
+
+
+def _erf_inv(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The single precision polynomials: in float64 JAX has others."""
+    w = -jnp.log1p(-x * x)
+    central = jnp.polyval(jnp.asarray(spec.ERF_INV_CENTRAL, x.dtype), w - 2.5)
+    tail = jnp.polyval(jnp.asarray(spec.ERF_INV_TAIL, x.dtype), jnp.sqrt(w) - 3.0)
+    return jnp.where(w < 5.0, central, tail) * x
 
 
 def beta(
-    keys: UInt32[Array, "B 2"], shape: tuple[int, ...], alpha: float
-) -> Float32[Array, "B *shape"]:
+    keys: UInt32[Array, "B 2"], shape: tuple[int, ...], alpha: float, dtype: str = "float32"
+) -> Float[Array, "B *shape"]:
     """Beta(alpha, 1), by the inverse of its distribution function xᵅ; in [0, 1].
 
     Raises:
         ValueError: `alpha` is not positive and finite.
     """
-    return uniform(keys, shape) ** spec.beta_exponent(alpha)
+    return uniform(keys, shape).astype(dtype) ** spec.beta_exponent(alpha)
 
 
-def flow_matching_time(keys: UInt32[Array, "B 2"]) -> Float32[Array, "B"]:
+def flow_matching_time(keys: UInt32[Array, "B 2"], dtype: str = "float32") -> Float[Array, "B"]:
     """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest.
 
     In [0.001, 1).
     """
-    return beta(keys, (), alpha=spec.FLOW_TIME_ALPHA) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN
+    return beta(keys, (), spec.FLOW_TIME_ALPHA, dtype) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN

@@ -139,7 +139,7 @@ class BlockRow(Row):
         every = rearrange(stored, f"{theirs} -> x {ours}", **grouped)
         heads = np.arange(len(every))
         array = every[0] if self.blocks == "copies" else every[heads, heads]
-        if not np.array_equal(stored, self.merge([array], config)):
+        if not np.array_equal(stored, self.merge([array], config), equal_nan=True):
             expected = (
                 f"{len(heads)} equal blocks of rows"
                 if self.blocks == "copies"

@@ -7,8 +7,10 @@ every step has a key of its own for each stream, made by folding those numbers i
 `jax_threefry_partitionable`, the default since JAX 0.5.
 
 Keys, bits and uniforms are the same in all backends bit for bit. `normal`, `beta` and
-`flow_matching_time` are so within a few float32 ulps, since logarithms and powers are rounded
-differently from one backend, device and compiler to the next.
+`flow_matching_time` are so within a few ulps, since logarithms and powers are rounded differently
+from one backend, device and compiler to the next. In float64 they are the same functions of the
+same 23 bits, rounded later: what a float64 model is trained with, so that two backends can be held
+to each other far below a float32 ulp.
 """
 
 import enum
@@ -17,7 +19,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt32
+from jaxtyping import Float, Float32, Shaped, UInt32
 
 SEED_LIMIT = 2**63  # that of `jax.random.key`
 UINT32_LIMIT = 2**32
@@ -168,15 +170,21 @@ def uniform(
 
 
 def normal(
-    keys: UInt32[np.ndarray, "B 2"], shape: tuple[int, ...]
-) -> Float32[np.ndarray, "B *shape"]:
-    """Normal with mean 0 and variance 1, never beyond ±5.42. As `jax.random.normal`."""
-    symmetric = uniform(keys, shape) * 2.0 + LOWEST_ABOVE_MINUS_ONE
+    keys: UInt32[np.ndarray, "B 2"], shape: tuple[int, ...], dtype: str = "float32"
+) -> Float[np.ndarray, "B *shape"]:
+    """Normal with mean 0 and variance 1, never beyond ±5.42. As `jax.random.normal`.
+
+    Args:
+        keys: one per sample, of `stream_key`.
+        shape: of one sample.
+        dtype: "float32" or "float64", of the arithmetic and the result.
+    """
+    symmetric = uniform(keys, shape).astype(dtype) * 2.0 + LOWEST_ABOVE_MINUS_ONE
     return math.sqrt(2.0) * erf_inv(symmetric)
 
 
-def erf_inv(x: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """The inverse of the error function for -1 < x < 1, in XLA's single precision."""
+def erf_inv(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """The inverse of the error function for -1 < x < 1, by XLA's single precision polynomials."""
     w = -np.log1p(-x * x)
     central = _polynomial(ERF_INV_CENTRAL, w - 2.5)
     tail = _polynomial(ERF_INV_TAIL, np.sqrt(w) - 3.0)
@@ -184,8 +192,8 @@ def erf_inv(x: Float32[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
 
 
 def _polynomial(
-    coefficients: tuple[float, ...], x: Float32[np.ndarray, "*shape"]
-) -> Float32[np.ndarray, "*shape"]:
+    coefficients: tuple[float, ...], x: Float[np.ndarray, "*shape"]
+) -> Float[np.ndarray, "*shape"]:
     total = np.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         total = total * x + coefficient
@@ -193,17 +201,18 @@ def _polynomial(
 
 
 def beta(
-    keys: UInt32[np.ndarray, "B 2"], shape: tuple[int, ...], alpha: float
-) -> Float32[np.ndarray, "B *shape"]:
+    keys: UInt32[np.ndarray, "B 2"], shape: tuple[int, ...], alpha: float, dtype: str = "float32"
+) -> Float[np.ndarray, "B *shape"]:
     """Beta(alpha, 1), by the inverse of its distribution function xᵅ; in [0, 1].
 
     `jax.random.beta` has the same distribution but other numbers: it rejects and draws again.
+    The arguments are those of `normal`.
 
     Raises:
         ValueError: `alpha` is not positive and finite.
     """
     # The power in float64, then one rounding: what is defined here is the nearest float32.
-    return (uniform(keys, shape).astype(np.float64) ** beta_exponent(alpha)).astype(np.float32)
+    return (uniform(keys, shape).astype(np.float64) ** beta_exponent(alpha)).astype(dtype)
 
 
 def beta_exponent(alpha: float) -> float:
@@ -216,9 +225,11 @@ def beta_exponent(alpha: float) -> float:
     return float(np.float32(1.0 / alpha))
 
 
-def flow_matching_time(keys: UInt32[np.ndarray, "B 2"]) -> Float32[np.ndarray, "B"]:
+def flow_matching_time(
+    keys: UInt32[np.ndarray, "B 2"], dtype: str = "float32"
+) -> Float[np.ndarray, "B"]:
     """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest.
 
     In [0.001, 1).
     """
-    return beta(keys, (), alpha=FLOW_TIME_ALPHA) * FLOW_TIME_SCALE + FLOW_TIME_MIN
+    return beta(keys, (), FLOW_TIME_ALPHA, dtype) * FLOW_TIME_SCALE + FLOW_TIME_MIN

@@ -67,6 +67,8 @@ def recognise(shapes: Mapping[str, Shape], told: Mapping[str, Any] | None = None
             misshapen one. Or `told` says something else than the shapes.
     """
     told = {} if told is None else dict(told)
+    if empty := sorted(name for name, shape in shapes.items() if 0 in shape):
+        raise ValueError(f"expected weights, got arrays without numbers: {empty}")
     layout = detect(shapes)
     stored = renamed(shapes, layout)
     families = dict(_families(by_row(stored, layout), layout))
@@ -110,7 +112,9 @@ def _layer_counts(stored: Mapping[str, Shape]) -> dict[str, int]:
     for name in stored:
         if number := re.search(r"(?<=\.)\d+(?=\.)", name):
             family = f"{name[: number.start()]}{{layer}}{name[number.end() :]}"
-            counts[family] = max(counts.get(family, 0), int(number[0]) + 1)
+            # A number above that of all tensors is no count: too many are missing either way.
+            layer = min(int(number[0]), len(stored))
+            counts[family] = max(counts.get(family, 0), layer + 1)
     return counts
 
 
@@ -166,7 +170,7 @@ def _sizes(families: Mapping[str, _Family], told: Mapping[str, Any]) -> dict[str
 
 def _vision(families: Mapping[str, _Family], told: Any) -> str | VisionVariant:
     up = families["vision.blocks.mlp.up.kernel"]
-    patch = math.isqrt(families["vision.patch_embedding.kernel"].shape[0] // 3)
+    patch = max(1, math.isqrt(families["vision.patch_embedding.kernel"].shape[0] // 3))
     found = {"width": up.shape[0], "depth": up.layers, "mlp_dim": up.shape[1], "patch_size": patch}
     found |= _heads(families, "vision.blocks.attention.query.kernel", {"num_heads": "k"})
     named = [f"{tower}/{patch}" for tower in _TOWERS] if 1 <= patch <= IMAGE_SIZE else []

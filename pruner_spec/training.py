@@ -10,8 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
+from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.flow import pruner_noise_scale
 from pruner_spec.optimization import AdamW, CosineDecaySchedule
+from pruner_spec.parameters import parameter_table
 
 NoiseSchedule = Literal["linear", "constant", "none"]
 
@@ -91,6 +95,41 @@ class Batch:
     places: Any
 
 
+def master_dtype(config: Pi0Config) -> str:
+    """The dtype of all parameters and moments while a model is trained, whatever it computes in."""
+    return "float64" if config.dtype == "float64" else "float32"
+
+
+def pruner_noise_shape(config: Pi0Config) -> tuple[int, ...]:
+    """The shape of a sample's noise on the scores: a matrix a pool."""
+    patches = config.vision.num_patches
+    if config.token_prune_scope == "joint":
+        return (len(CAMERAS) * patches, len(CAMERAS) * patches)
+    return (len(CAMERAS), patches, patches)
+
+
+def trained_names(config: Pi0Config, settings: TrainingSettings) -> tuple[str, ...]:
+    """The parameters that change, in their order in the model.
+
+    Raises:
+        ValueError: none does.
+    """
+    names = tuple(name for name in parameter_table(config) if settings.is_trained(name))
+    if not names:
+        raise ValueError(
+            f"freeze: expected to leave some parameter to train, got {list(settings.freeze)}"
+        )
+    return names
+
+
+def check_divisible(batch: Batch, parts: int) -> None:
+    """Raises ValueError unless the batch can be cut into equal parts."""
+    if (size := len(batch.places)) % parts or not size:
+        raise ValueError(
+            f"batch: expected a number of samples that accumulation={parts} divides, got {size}"
+        )
+
+
 def lora_freeze(paligemma: bool, action_expert: bool) -> tuple[str, ...]:
     """Patterns that freeze what openpi's `get_freeze_filter` freezes: all but adapters of an expert
     that has them. The vision tower and the projections are trained on.
@@ -117,7 +156,8 @@ class TrainState:
     Attributes:
         step: how many steps were made.
         parameters: every parameter of the model.
-        average: their running average; None for a run without.
+        average: the running average of every parameter, which of a frozen one is itself; None for
+            a run without.
         first, second: Adam's moments, of trained parameters alone.
     """
 
@@ -126,3 +166,24 @@ class TrainState:
     average: Mapping[str, Any] | None
     first: Mapping[str, Any]
     second: Mapping[str, Any]
+
+    def check(self, config: Pi0Config, settings: TrainingSettings) -> None:
+        """Raises ValueError unless it is of a run of this model with these settings."""
+        if (self.average is None) != (settings.ema_decay is None):
+            wanted = "none" if settings.ema_decay is None else f"one, of {settings.ema_decay}"
+            found = "none" if self.average is None else "one"
+            raise ValueError(f"average: expected {wanted}, got {found}")
+        every = {name: each.stacked_shape for name, each in parameter_table(config).items()}
+        trained = {name: every[name] for name in trained_names(config, settings)}
+        for field, expected in (
+            ("parameters", every),
+            ("average", every if self.average is not None else {}),
+            ("first", trained),
+            ("second", trained),
+        ):
+            given = {name: np.shape(array) for name, array in (getattr(self, field) or {}).items()}
+            if differing := sorted(expected.items() ^ given.items()):
+                raise ValueError(
+                    f"{field}: expected the {len(expected)} arrays of this run, got {len(given)}; "
+                    f"only one of the two has {differing[:5]}"
+                )

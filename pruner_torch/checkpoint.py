@@ -1,18 +1,19 @@
 """Weights into a model and out of it; the layouts are `pruner_spec.layout`'s."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from convert.reading import LazyArray, open_checkpoint
 from pruner_spec import layout
 from pruner_spec.config import Pi0Config
-from pruner_spec.parameters import parameter_table
+from pruner_spec.parameters import Parameter, parameter_table
 
 if TYPE_CHECKING:
     from pruner_torch.pi0 import Pi0
@@ -39,29 +40,37 @@ def load(
     """
     from pruner_torch.pi0 import Pi0  # here, since pi0 imports this module
 
-    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
-    arrays = {name: _readable(leaf) for name, leaf in layout.flatten(tree).items()}
-    named = layout.to_named(arrays, config)
+    named = read(source, config)
     with torch.device("meta"):
         model = Pi0(config, seed=None)
     assign(model, named, device=device)
     return model
 
 
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any], config: Pi0Config
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights of a checkpoint by our names, each read when it is asked for.
+
+    Arguments and errors are those of `load`, the errors raised by the call.
+    """
+    tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
+    arrays = {name: _readable(leaf) for name, leaf in layout.flatten(tree).items()}
+    return layout.to_named(arrays, config)
+
+
 def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
     """A model's parameters by our names, layers stacked, in their dtypes; a copy."""
     tensors = model.state_dict()
-    arrays = {}
-    for name, parameter in parameter_table(model.config).items():
-        layers = np.stack([_numpy(tensors[torch_name]) for torch_name in parameter.torch_names])
-        arrays[name] = layers.reshape(parameter.stacked_shape)
-    return arrays
+    table = parameter_table(model.config)
+    return {name: stacked(tensors, parameter) for name, parameter in table.items()}
 
 
 def assign(
     model: "Pi0",
     named: Iterable[tuple[str, np.ndarray]],
     *,
+    param_dtype: str | None = None,
     device: torch.device | str | None = None,
 ) -> None:
     """Gives a model all its parameters, cast to the dtypes it stores them in.
@@ -69,6 +78,8 @@ def assign(
     Args:
         model: on any device, "meta" too; what it had is replaced, one parameter at a time.
         named: pairs of our name and array [layers, ...], which is copied.
+        param_dtype: of all parameters, such as "float32" for a bfloat16 model that is to be
+            trained; None for the dtypes of the config.
         device: where the parameters are to be; None for PyTorch's default.
 
     Raises:
@@ -78,11 +89,21 @@ def assign(
     names = {name for parameter in table.values() for name in parameter.torch_names}
     assert model.state_dict().keys() == names
     device = torch.get_default_device() if device is None else device
-    for parameter, array in layout.stored(named, model.config):
-        layers = [array] if parameter.layers is None else array
-        tensors = (_tensor(layer).to(device) for layer in layers)
-        state = dict(zip(parameter.torch_names, tensors, strict=True))
+    for parameter, array in layout.stored(named, model.config, param_dtype):
+        state = {name: each.to(device) for name, each in unstacked(array, parameter).items()}
         model.load_state_dict(state, strict=False, assign=True)
+
+
+def stacked(arrays: Mapping[str, Shaped[Tensor, "..."]], parameter: Parameter) -> np.ndarray:
+    """A family's array [layers, ...] from tensors by the names in the model; a copy."""
+    layers = np.stack([_numpy(arrays[name]) for name in parameter.torch_names])
+    return layers.reshape(parameter.stacked_shape)
+
+
+def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Tensor, "..."]]:
+    """The inverse of `stacked`: tensors by the names in the model, as copies on the CPU."""
+    layers = [array] if parameter.layers is None else array
+    return dict(zip(parameter.torch_names, map(_tensor, layers), strict=True))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pruner_spec.config import GemmaVariant, Pi0Config
 from pruner_spec.sequence import rope_timescales
 from pruner_torch.layers import Linear, attend, constant, gelu, stack, wide
+from pruner_torch.lora import Adapter
 
 RMS_EPSILON = 1e-6
 
@@ -90,6 +91,12 @@ def _rms_normalize(x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + RMS_EPSILON)
 
 
+def _projection(name: str, variant: GemmaVariant, inputs: int, outputs: int) -> Linear:
+    """One of an expert's kernels, without a bias, and its adapter if the expert has any."""
+    lora = None if variant.lora is None else Adapter(name, variant)
+    return Linear(inputs, outputs, use_bias=False, lora=lora)
+
+
 class Attention(nn.Module):
     """One expert's projections of the joint attention."""
 
@@ -98,10 +105,10 @@ class Attention(nn.Module):
         self.head_dim = variant.head_dim
         queries = variant.num_heads * variant.head_dim
         keys = variant.num_kv_heads * variant.head_dim
-        self.query = Linear(variant.width, queries, use_bias=False)
-        self.key = Linear(variant.width, keys, use_bias=False)
-        self.value = Linear(variant.width, keys, use_bias=False)
-        self.out = Linear(queries, variant.width, use_bias=False)
+        self.query = _projection("attention.query", variant, variant.width, queries)
+        self.key = _projection("attention.key", variant, variant.width, keys)
+        self.value = _projection("attention.value", variant, variant.width, keys)
+        self.out = _projection("attention.out", variant, queries, variant.width)
 
     def project(self, x: Float[Tensor, "B S D"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, K, head_dim], keys and values [B, S, G, head_dim]."""
@@ -120,9 +127,9 @@ class Mlp(nn.Module):
 
     def __init__(self, variant: GemmaVariant) -> None:
         super().__init__()
-        self.gate = Linear(variant.width, variant.mlp_dim, use_bias=False)
-        self.up = Linear(variant.width, variant.mlp_dim, use_bias=False)
-        self.down = Linear(variant.mlp_dim, variant.width, use_bias=False)
+        self.gate = _projection("mlp.gate", variant, variant.width, variant.mlp_dim)
+        self.up = _projection("mlp.up", variant, variant.width, variant.mlp_dim)
+        self.down = _projection("mlp.down", variant, variant.mlp_dim, variant.width)
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         return self.down(gelu(self.gate(x)) * self.up(x))

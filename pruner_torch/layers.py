@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pruner_spec.sequence import MASKED_LOGIT
+from pruner_torch.lora import Adapter
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -52,16 +53,20 @@ def stack(make: Callable[[], nn.Module], layers: int) -> Any:
 
 
 class Linear(nn.Module):
-    """y = x · kernel + bias."""
+    """y = x · kernel + bias, and what an adapter adds if there is one."""
 
-    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, use_bias: bool = True, lora: Adapter | None = None
+    ) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(inputs, outputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if use_bias else None
+        self.lora = lora
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.kernel.to(x.dtype).T, bias)
+        y = F.linear(x, self.kernel.to(x.dtype).T, bias)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class LayerNorm(nn.Module):

@@ -10,7 +10,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -361,7 +360,8 @@ def _straight_through(
     scores = scores if noise is None else scores + noise.to(scores.dtype)
     eligible = torch.where(patch_mask[:, None, :], scores, torch.finfo(scores.dtype).min)
     soft = eligible.softmax(dim=-1)
-    hard = F.one_hot(eligible.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+    place = torch.arange(scores.shape[-1], device=scores.device)  # `F.one_hot` reads back
+    hard = (eligible.argmax(dim=-1, keepdim=True) == place).to(scores.dtype)
     return (hard + (soft - soft.detach())) * patch_mask[:, :, None]
 
 

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int32, Shaped, UInt32
+from jaxtyping import Float, Float32, Int32, Shaped, UInt32
 from torch import Tensor
 
 from pruner_spec import randomness as spec
@@ -109,13 +109,22 @@ def uniform(keys: UInt32[Tensor, "B 2"], shape: tuple[int, ...]) -> Float32[Tens
     return mantissa.to(torch.float32).mul_(2.0**-spec.MANTISSA_BITS)
 
 
-def normal(keys: UInt32[Tensor, "B 2"], shape: tuple[int, ...]) -> Float32[Tensor, "B *shape"]:
-    """Normal with mean 0 and variance 1, never beyond ±5.42."""
-    symmetric = uniform(keys, shape).mul_(2.0).add_(spec.LOWEST_ABOVE_MINUS_ONE)
+def normal(
+    keys: UInt32[Tensor, "B 2"], shape: tuple[int, ...], dtype: str = "float32"
+) -> Float[Tensor, "B *shape"]:
+    """Normal with mean 0 and variance 1, never beyond ±5.42.
+
+    Args:
+        keys: one per sample, of `stream_key`.
+        shape: of one sample.
+        dtype: "float32" or "float64", of the arithmetic and the result.
+    """
+    symmetric = uniform(keys, shape).to(getattr(torch, dtype))
+    symmetric.mul_(2.0).add_(spec.LOWEST_ABOVE_MINUS_ONE)
     return _erf_inv(symmetric).mul_(math.sqrt(2.0))
 
 
-def _erf_inv(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+def _erf_inv(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """XLA's polynomials: in the tail `torch.erfinv` gives different digits."""
     w = torch.log1p(-x * x).neg_()
     central = _polynomial(spec.ERF_INV_CENTRAL, w - 2.5)
@@ -124,8 +133,8 @@ def _erf_inv(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
 
 
 def _polynomial(
-    coefficients: tuple[float, ...], x: Float32[Tensor, "*shape"]
-) -> Float32[Tensor, "*shape"]:
+    coefficients: tuple[float, ...], x: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     total = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         total.mul_(x).add_(coefficient)
@@ -133,8 +142,8 @@ def _polynomial(
 
 
 def beta(
-    keys: UInt32[Tensor, "B 2"], shape: tuple[int, ...], alpha: float
-) -> Float32[Tensor, "B *shape"]:
+    keys: UInt32[Tensor, "B 2"], shape: tuple[int, ...], alpha: float, dtype: str = "float32"
+) -> Float[Tensor, "B *shape"]:
     """Beta(alpha, 1), by the inverse of its distribution function xᵅ; in [0, 1].
 
     Raises:
@@ -142,12 +151,13 @@ def beta(
     """
     # On a CPU, PyTorch's float32 powers depend on where in the tensor an element lies: those that
     # fill no vector register take another path. Float64's do too, but not once rounded.
-    return (uniform(keys, shape).double() ** spec.beta_exponent(alpha)).float()
+    power = uniform(keys, shape).double() ** spec.beta_exponent(alpha)
+    return power.to(getattr(torch, dtype))
 
 
-def flow_matching_time(keys: UInt32[Tensor, "B 2"]) -> Float32[Tensor, "B"]:
+def flow_matching_time(keys: UInt32[Tensor, "B 2"], dtype: str = "float32") -> Float[Tensor, "B"]:
     """π0's training times, Beta(1.5, 1)·0.999 + 0.001: the noisy end, 1, is the likeliest.
 
     In [0.001, 1).
     """
-    return beta(keys, (), alpha=spec.FLOW_TIME_ALPHA) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN
+    return beta(keys, (), spec.FLOW_TIME_ALPHA, dtype) * spec.FLOW_TIME_SCALE + spec.FLOW_TIME_MIN
