@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
+from pruner_spec.training import Batch, TrainingSettings, TrainState
 
 Weights = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -67,6 +68,22 @@ class Model(Protocol):
         ...
 
 
+class Trainer(Protocol):
+    """A run's state in a framework, and its steps."""
+
+    def step(self, batch: Batch) -> Mapping[str, Any]:
+        """Makes a step; the metrics are numbers on the device, that nothing waits for."""
+        ...
+
+    def state(self) -> TrainState:
+        """The state after the steps that were made, in NumPy."""
+        ...
+
+    def restore(self, state: TrainState) -> None:
+        """Takes a state, of either framework."""
+        ...
+
+
 class Backend(Protocol):
     """A framework.
 
@@ -82,6 +99,12 @@ class Backend(Protocol):
 
     def model(self, config: Pi0Config, weights: Weights) -> Model:
         """A model with these weights: a checkpoint's path, or arrays by name in any layout."""
+        ...
+
+    def trainer(
+        self, config: Pi0Config, settings: TrainingSettings, weights: Weights | None
+    ) -> Trainer:
+        """A run's state before its first step; without weights, with random ones."""
         ...
 
 

@@ -9,9 +9,11 @@ from flax import nnx
 
 from pruner_jax import checkpoint
 from pruner_jax.pi0 import Pi0
+from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
+from pruner_spec.training import TrainingSettings
 
 
 class JaxBackend:
@@ -25,6 +27,11 @@ class JaxBackend:
 
     def model(self, config: Pi0Config, weights: Weights) -> "JaxModel":
         return JaxModel(checkpoint.load(weights, config))
+
+    def trainer(
+        self, config: Pi0Config, settings: TrainingSettings, weights: Weights | None
+    ) -> Trainer:
+        return Trainer(config, settings, weights)
 
 
 class JaxModel:

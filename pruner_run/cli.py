@@ -23,14 +23,24 @@ class Command:
     Attributes:
         module: holds `Options` and `run`.
         summary: its line in `pruner --help`.
+        parses: whether the module reads the rest of the command line itself, with a function
+            `main` of the arguments and the program's name.
     """
 
     module: str
     summary: str
+    parses: bool = False
 
 
 COMMANDS = {
     "convert": Command("pruner_run.convert", "Convert a checkpoint between JAX and PyTorch."),
+    "configs": Command("pruner_run.list_configs", "List the training configs."),
+    "train": Command("pruner_run.train", "Train, in JAX or in PyTorch.", parses=True),
+    "compute-norm-stats": Command(
+        "pruner_run.compute_norm_stats", "Compute a dataset's normalisation statistics."
+    ),
+    "plan": Command("pruner_run.plan", "Say what a training run needs, and what fits."),
+    "compare": Command("pruner_run.compare_runs", "Compare the curves of two training runs."),
     "demo": Command("pruner_run.demo", "Prune a recorded episode and draw which patches are kept."),
 }
 
@@ -43,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = next((argument for argument in arguments if argument in COMMANDS), "")
+    if name and arguments[0] == name and COMMANDS[name].parses:
+        importlib.import_module(COMMANDS[name].module).main(arguments[1:], f"pruner {name}")
+        return
     options = subcommand_cli_from_dict(
         {each: _options(each, chosen=each == name) for each in COMMANDS},
         prog="pruner",

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from pruner_run.data.lerobot import LeRobotDataset
-from pruner_run.data.normalization import Quantiles
+from pruner_run.data.normalization import FeatureStats
 from pruner_run.tokenizer import PromptTokenizer
 from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.observation import Observation
@@ -59,7 +59,8 @@ def read_recording(
     episode = dataset.episode(0, cameras=[_IMAGE.format(camera) for camera in CAMERAS])
     images = {camera: episode[_IMAGE.format(camera)][frames] for camera in CAMERAS}
     instruction = episode["task"][0]
-    state = Quantiles.read(root, _STATE).normalize(episode[_STATE][frames])
+    stats = FeatureStats.read(root, _STATE)
+    state = stats.normalize(episode[_STATE][frames], quantiles=True)
     prompts = [
         tokenizer.tokenize(instruction, of_frame if config.discrete_state_input else None)
         for of_frame in state

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from pruner_run import picture
-from pruner_run.assets import DEMO_EPISODE
 from pruner_run.backend import Pruned
 from pruner_run.comparison import compare, decision_margins, pruning_error
-from pruner_run.data.normalization import Quantiles
 from pruner_run.files import write_atomically
 from pruner_run.measurement import Calls, Measurement
 from pruner_spec import pruner
@@ -124,17 +122,3 @@ def test_a_file_is_replaced_in_full_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
-
-
-def test_quantiles():
-    quantiles = Quantiles(q01=np.array([0.0, -2.0]), q99=np.array([1.0, 2.0]))
-    values = np.array([[0.0, 2.0], [0.5, 4.0]], dtype=np.float32)
-    normalized = quantiles.normalize(values)
-    assert normalized.dtype == np.float32
-    assert normalized.round(4).tolist() == [[-1.0, 1.0], [0.0, 2.0]]
-
-
-def test_quantiles_of_a_dataset():
-    assert Quantiles.read(DEMO_EPISODE, "observation.state").q01.shape == (14,)
-    with pytest.raises(ValueError, match="expected q01 and q99 of nothing, missing"):
-        Quantiles.read(DEMO_EPISODE, "nothing")

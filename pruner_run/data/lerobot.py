@@ -63,11 +63,14 @@ class LeRobotDataset:
             ValueError: If an image is damaged or not of the declared size.
         """
         index = range(len(self))[index]
-        episode = self.episodes[self.columns["episode_index"][index]]
         frame = {key: np.array(values[index]) for key, values in self.columns.items()}
-        for camera in self.cameras:
-            frame[camera] = self._images(episode, camera, index - episode.start, count=1)[0]
+        frame |= {camera: self.image(index, camera) for camera in self.cameras}
         return frame | {"task": self.tasks[int(frame["task_index"])]}
+
+    def image(self, index: int, camera: str) -> UInt8[np.ndarray, "H W 3"]:
+        """One frame as one camera saw it. Errors as for a frame."""
+        episode = self.episodes[self.columns["episode_index"][index]]
+        return self._images(episode, camera, index - episode.start, count=1)[0]
 
     def episode(self, number: int, *, cameras: Sequence[str] = ()) -> dict[str, Any]:
         """All frames of an episode, stacked: [T, ...] for each feature, T strings for "task".

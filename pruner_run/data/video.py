@@ -1,9 +1,13 @@
 """Frames in and out of mp4 files, with PyAV alone (it brings its own FFmpeg).
 
-Nothing is kept open between two reads, so that readers can be pickled, forked and threaded.
+Each thread keeps the files it read last open, and nobody else knows of them: readers can be
+pickled, forked and threaded.
 """
 
+import contextlib
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from jaxtyping import UInt8
 
 os.environ.setdefault("SVT_LOG", "1")  # errors only; the AV1 encoder greets on stderr otherwise
@@ -47,6 +52,11 @@ class Encoding:
 
 
 LEROBOT_ENCODING = Encoding()
+
+FEW_FRAMES = 8  # up to which a read is of single frames, and the file stays open
+KEPT_OPEN = 6  # files a thread
+
+_local = threading.local()
 
 
 class VideoWriter:
@@ -98,29 +108,64 @@ def read_frames(
     """
     images = []
     try:
-        for time, frame in _decode_from(path, start):
-            wanted = start + len(images) / fps
-            if time < wanted - 0.25 / fps:
-                continue  # between the key frame and the first one wanted
-            if time > wanted + 0.25 / fps:
-                raise ValueError(f"{path}: expected a frame at {wanted:.4f} s, found {time:.4f} s")
-            images.append(frame.to_ndarray(format="rgb24"))
-            if len(images) == count:
-                return np.stack(images)
-    except av.FileNotFoundError:
+        with _open_for(path, count) as container:
+            for time, frame in _decode_from(container, path, start):
+                wanted = start + len(images) / fps
+                if time < wanted - 0.25 / fps:
+                    continue  # between the key frame and the first one wanted
+                if time > wanted + 0.25 / fps:
+                    found = f"found {time:.4f} s"
+                    raise ValueError(f"{path}: expected a frame at {wanted:.4f} s, {found}")
+                images.append(frame.to_ndarray(format="rgb24"))
+                if len(images) == count:
+                    return np.stack(images)
+    except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected a video, found no file") from None
     except av.FFmpegError as error:
         raise ValueError(f"{path}: expected a video, found what FFmpeg cannot read") from error
     raise ValueError(f"{path}: expected {count} frames from {start:.4f} s, found {len(images)}")
 
 
-def _decode_from(path: Path, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+def _decode_from(
+    container: InputContainer, path: Path, start: float
+) -> Iterator[tuple[float, av.VideoFrame]]:
     """Frames and their times, from the last key frame at or before a time."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path}: expected a video stream, found none")
-        # the tenth of a millisecond is for a key frame that lies at `start` but for rounding
-        container.seek(round((start + 1e-4) * av.time_base))
-        for frame in container.decode(video=0):
-            assert frame.time is not None, "every frame in an mp4 has a time"
-            yield frame.time, frame
+    if not container.streams.video:
+        raise ValueError(f"{path}: expected a video stream, found none")
+    # the tenth of a millisecond is for a key frame that lies at `start` but for rounding
+    container.seek(round((start + 1e-4) * av.time_base))
+    for frame in container.decode(video=0):
+        assert frame.time is not None, "every frame in an mp4 has a time"
+        yield frame.time, frame
+
+
+@contextlib.contextmanager
+def _open_for(path: Path, count: int) -> Iterator[InputContainer]:
+    """The file, open: for few frames one that stays open, for many one that uses all cores.
+
+    Reading a file's index can take longer than the frame that is looked for, and starting threads
+    for one frame does. The file is opened anew where it has changed, or in a process that was
+    forked, which would share its place in the file; and after an error.
+    """
+    if count > FEW_FRAMES:
+        with av.open(str(path)) as container:
+            yield container
+        return
+    kept: OrderedDict[tuple, InputContainer] = _local.__dict__.setdefault("kept", OrderedDict())
+    key = (path, path.stat().st_mtime_ns, os.getpid())
+    container = kept.pop(key, None) or _open_single_threaded(path)
+    try:
+        yield container
+    except BaseException:
+        container.close()
+        raise
+    kept[key] = container
+    while len(kept) > KEPT_OPEN:
+        kept.popitem(last=False)[1].close()
+
+
+def _open_single_threaded(path: Path) -> InputContainer:
+    container = av.open(str(path))
+    for stream in container.streams.video:
+        stream.thread_type = "NONE"
+    return container

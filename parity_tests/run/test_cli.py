@@ -1,0 +1,131 @@
+"""The command line's surface: every command and option, with its default. Users rely on it."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pruner_run import cli
+from pruner_run.configs import CONFIGS, TrainConfig
+
+REQUIRED = dataclasses.MISSING
+
+SURFACE: dict[str, dict[str, Any]] = {
+    "convert": {
+        "checkpoint_dir": REQUIRED,
+        "output_path": None,
+        "config_name": None,
+        "precision": None,
+        "format": None,
+        "lora": None,
+        "lora_scale": None,
+        "max_shard_size": None,
+        "omit_unused_lm_head": False,
+        "asset_id": None,
+        "verify": False,
+        "inspect_only": False,
+        "allow_non_finite": False,
+        "overwrite": False,
+    },
+    "configs": {},
+    "compute-norm-stats": {
+        "config_name": REQUIRED,
+        "max_frames": None,
+        "repo_id": None,
+        "assets_base_dir": None,
+    },
+    "plan": {
+        "config_name": REQUIRED,
+        "devices": 1,
+        "memory": 80.0,
+        "fsdp_devices": None,
+        "batch_size": None,
+        "teraflops": 794.0,
+    },
+    "compare": {"runs": REQUIRED, "metric": "loss", "output": Path("comparison.png")},
+    "demo": {
+        "backend": None,
+        "keep_tokens": None,
+        "keep_ratio": None,
+        "scope": "camera",
+        "frames": 6,
+        "num_steps": 10,
+        "seed": 0,
+        "output": Path("demo_output"),
+    },
+}
+POSITIONAL = {"config_name", "runs"}
+
+# `pruner train CONFIG`: openpi's names for what openpi has.
+TRAIN = [
+    "name",
+    "exp_name",
+    "backend",
+    "model",
+    "data",
+    "weight_path",
+    "pytorch_weight_path",
+    "tokenizer_path",
+    "seed",
+    "batch_size",
+    "num_train_steps",
+    "lr_schedule",
+    "optimizer",
+    "ema_decay",
+    "freeze",
+    "augment",
+    "accumulation",
+    "gradient_checkpointing",
+    "token_prune_noise_schedule",
+    "num_workers",
+    "log_interval",
+    "save_interval",
+    "keep_period",
+    "checkpoint_base_dir",
+    "assets_base_dir",
+    "fsdp_devices",
+    "tensorboard_enabled",
+    "wandb_enabled",
+    "project_name",
+    "resume",
+    "overwrite",
+]
+
+
+def status_of(arguments: list[str]) -> Any:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    return exit_info.value.code
+
+
+def test_these_are_all_commands():
+    assert set(cli.COMMANDS) == {*SURFACE, "train"}
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_a_commands_options(name, capsys):
+    fields = dataclasses.fields(importlib.import_module(cli.COMMANDS[name].module).Options)
+    assert {field.name: field.default for field in fields} == SURFACE[name]
+    assert status_of([name, "--help"]) == 0
+    said = capsys.readouterr().out
+    options = [option for option in SURFACE[name] if option not in POSITIONAL]
+    assert [option for option in options if f"--{option}" not in said] == []
+
+
+def test_the_trainers_options(capsys):
+    assert [field.name for field in dataclasses.fields(TrainConfig)] == TRAIN
+    assert status_of(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert [name for name in CONFIGS if name not in said] == []
+    assert status_of(["train", "debug_pi05", "--help"]) == 0
+    said = capsys.readouterr().out
+    options = [f"--{name}" for name in TRAIN if name not in ("name", "model", "data")]
+    for option in (*options, "--model.token_pruning_enabled", "--data.repo_id"):
+        assert option.split(".")[0] in said, option
+
+
+def test_a_config_that_is_none(capsys):
+    assert status_of(["train", "pi05_liberoo"]) == cli.BAD_INPUT
+    assert "did you mean pi05_libero" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""`pruner plan CONFIG`: on paper, what a run needs on each device, and how fast it can be at best.
+
+Counted, not measured: what has to be in memory, and the products that have to be computed. A real
+run needs some more of both; benchmarks/train_speed.py measures one.
+"""
+
+import dataclasses
+import math
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pruner_run import configs
+from pruner_run.configs import TrainConfig
+from pruner_spec.config import CAMERAS, GemmaVariant, Pi0Config
+from pruner_spec.parameters import parameter_table
+
+_GIB = 2**30
+_MASTER = 4  # bytes of a float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say on paper what fits: memory on a device, and the floor of a step's time.
+
+    Attributes:
+        config_name: a training config, of those that `pruner configs` lists.
+        devices: how many there are.
+        memory: GB of each.
+        fsdp_devices: over how many of them weights are split; all, if not given.
+        batch_size: samples a step on all devices; the config's, if not given.
+        teraflops: bfloat16 products a second that a device reaches: 794 was measured on an H200.
+    """
+
+    config_name: tyro.conf.Positional[str]
+    devices: int = 1
+    memory: float = 80.0
+    fsdp_devices: int | None = None
+    batch_size: int | None = None
+    teraflops: float = 794.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Of one device, in bytes; times in seconds.
+
+    Attributes:
+        parameters, gradients, moments, average: shares of what is split over `fsdp_devices`.
+        activations: kept for the backward pass, everything.
+        checkpointed: kept where layers are computed again, and the one layer that is.
+        floor: the products of a step, once.
+        recomputed: the same, where layers are computed again.
+    """
+
+    parameters: float
+    gradients: float
+    moments: float
+    average: float
+    activations: float
+    checkpointed: float
+    floor: float
+    recomputed: float
+
+    @property
+    def state(self) -> float:
+        """What is there whatever the batch."""
+        return self.parameters + self.gradients + self.moments + self.average
+
+
+def run(options: Options) -> None:
+    """Prints the plan.
+
+    Raises:
+        ValueError: there is no such config, or devices and batch do not go together.
+    """
+    config = configs.get(options.config_name)
+    found = plan(config, options)
+    console = Console(highlight=False)
+    console.print(_table(found, config, options))
+    console.print(verdict(found, options.memory * 1e9))
+
+
+def plan(config: TrainConfig, options: Options) -> Plan:
+    """What a config needs.
+
+    Raises:
+        ValueError: devices and batch do not go together.
+    """
+    batch = config.batch_size if options.batch_size is None else options.batch_size
+    split = options.devices if options.fsdp_devices is None else options.fsdp_devices
+    if options.devices % split:
+        raise ValueError(f"fsdp_devices: expected a divisor of {options.devices}, got {split}")
+    if batch % options.devices:
+        raise ValueError(f"batch_size: expected a multiple of {options.devices}, got {batch}")
+    samples = batch // options.devices / config.accumulation
+    numbers, trained = _count(config)
+    width = 2 if config.model.dtype == "bfloat16" else _MASTER
+    whole, least = _activations(config.model)
+    work = 3 * forward_flops(config.model) * batch / options.devices / (options.teraflops * 1e12)
+    return Plan(
+        parameters=numbers * _MASTER / split,
+        gradients=trained * _MASTER / split,
+        moments=2 * trained * _MASTER / split,
+        average=0 if config.ema_decay is None else trained * _MASTER / split,
+        activations=whole * samples * width,
+        checkpointed=least * samples * width,
+        floor=work,
+        recomputed=work * 4 / 3,
+    )
+
+
+def forward_flops(model: Pi0Config) -> float:
+    """Operations of the products in one sample's forward pass, its prompt in full length."""
+    patches = len(CAMERAS) * model.vision.num_patches
+    prefix, suffix = patches + model.max_token_len, model.suffix_length
+    tower = model.vision
+    block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
+    inside = 2 * tower.num_patches * tower.width  # a token's logits and values
+    vision = 2 * patches * tower.depth * (block + inside)
+    total = vision + 2 * patches * tower.width * model.paligemma.width
+    for expert, tokens, seen in (
+        (model.paligemma, prefix, prefix),
+        (model.action_expert, suffix, prefix + suffix),
+    ):
+        attention = 2 * seen * expert.num_heads * expert.head_dim
+        total += 2 * tokens * expert.depth * (_layer_numbers(expert) + attention)
+    return float(total)
+
+
+def verdict(found: Plan, memory: float) -> str:
+    """What fits, in words."""
+    if found.state + found.activations <= memory:
+        return "Fits with all activations kept."
+    if found.state + found.checkpointed <= memory:
+        return "Fits with --gradient_checkpointing True, and not without."
+    parts = math.ceil(found.checkpointed / max(memory - found.state, 1))
+    if found.state < memory:
+        return f"Does not fit; with --gradient_checkpointing True --accumulation {parts} it does."
+    return "Does not fit: the state alone is larger. More --fsdp_devices, or adapters (LoRA)."
+
+
+def _layer_numbers(expert: GemmaVariant) -> int:
+    projections = 2 * expert.num_heads + 2 * expert.num_kv_heads
+    return expert.width * (projections * expert.head_dim + 3 * expert.mlp_dim)
+
+
+def _count(config: TrainConfig) -> tuple[int, int]:
+    """Numbers in all parameters, and in those that are trained."""
+    sizes = {
+        name: math.prod(parameter.stacked_shape)
+        for name, parameter in parameter_table(config.model).items()
+    }
+    settings = config.settings
+    trained = sum(size for name, size in sizes.items() if settings.is_trained(name))
+    return sum(sizes.values()), trained
+
+
+def _activations(model: Pi0Config) -> tuple[float, float]:
+    """Numbers kept for a sample's backward pass: all of them, and with layers computed again."""
+    patches = len(CAMERAS) * model.vision.num_patches
+    prefix, suffix = patches + model.max_token_len, model.suffix_length
+    tower, whole, least, largest = model.vision, 0.0, 0.0, 0.0
+    towers = [(tower.depth, patches, tower.width, 8 * tower.width + 2 * tower.mlp_dim)]
+    for expert, tokens in ((model.paligemma, prefix), (model.action_expert, suffix)):
+        heads = 2 * (expert.num_heads + expert.num_kv_heads) * expert.head_dim
+        towers.append(
+            (expert.depth, tokens, expert.width, 4 * expert.width + heads + 3 * expert.mlp_dim)
+        )
+    for depth, tokens, width, kept in towers:
+        whole += depth * tokens * kept
+        least += depth * tokens * width
+        largest = max(largest, tokens * kept)
+    return whole, least + largest
+
+
+def _table(found: Plan, config: TrainConfig, options: Options) -> Table:
+    title = f"{config.name} on {options.devices} x {options.memory:g} GB"
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, size in (
+        ("parameters (float32)", found.parameters),
+        ("gradients", found.gradients),
+        ("Adam's moments", found.moments),
+        ("average", found.average),
+        ("activations, all kept", found.activations),
+        ("activations, layers computed again", found.checkpointed),
+    ):
+        table.add_row(name, f"{size / _GIB:.1f} GiB")
+    table.add_row("floor of a step", f"{found.floor:.3f} s")
+    table.add_row("the same, layers computed again", f"{found.recomputed:.3f} s")
+    return table

@@ -1,0 +1,217 @@
+"""A run's checkpoints: `<run>/<step>/`, each there in full or not at all.
+
+    params/ or model.safetensors   the weights as they are used, in openpi's layout, float32:
+                                   their average where the run has one (JAX, PyTorch)
+    train_state.safetensors        what else a run needs to go on, by our names: Adam's moments,
+                                   and the weights themselves where the average stands above
+    config.json, assets/           as beside any checkpoint of openpi's
+    run.json                       the step, the config, and how large each file is
+
+Nothing here depends on the framework: a run goes on in either.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from convert import config_file, output
+from convert.conversion import torch_tensors
+from convert.lazy_array import LazyArray
+from convert.mapping import Side, convert_group, groups
+from convert.reading import open_checkpoint
+from convert.safetensors_file import SafetensorsFile, open_safetensors
+from convert.writing import OrbaxSink, SafetensorsSink, Sink
+from pruner_run.configs import TrainConfig
+from pruner_spec.config import Pi0Config
+from pruner_spec.layout import JAX, OPENPI_JAX, OPENPI_TORCH, to_named
+from pruner_spec.training import TrainState
+
+STATE_FILE, RUN_FILE = "train_state.safetensors", "run.json"
+
+# What may change from one part of a run to the next; all else makes the run what it is.
+_MAY_CHANGE = {
+    "backend", "resume", "overwrite", "weight_path", "pytorch_weight_path", "tokenizer_path",
+    "num_workers", "log_interval", "save_interval", "keep_period", "checkpoint_base_dir",
+    "assets_base_dir", "fsdp_devices", "tensorboard_enabled", "wandb_enabled", "project_name",
+    "gradient_checkpointing", "accumulation", "exp_name",
+}  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def save(config: TrainConfig, step: int, state: TrainState, stats: Mapping[str, bytes]) -> Path:
+    """Writes the checkpoint of a step, and removes those that it makes needless.
+
+    Args:
+        config: the run's.
+        step: the number of the step that was just made.
+        state: after it.
+        stats: normalisation statistics, by path below `assets`.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before are still there.
+    """
+    path = config.run_dir / str(step)
+    moments = {"first": state.first, "second": state.second}
+    used = state.parameters if state.average is None else state.average
+    kept = moments if state.average is None else moments | {"parameters": state.parameters}
+    arrays = {
+        f"{part}/{name}": array for part, each in kept.items() for name, array in each.items()
+    }
+    size = sum(array.nbytes for array in (*arrays.values(), *used.values()))
+    output.check_space(path, size)
+    with output.folder_in_full(path, overwrite=True) as folder:
+        _write_weights(folder, config, used)
+        _write_state(folder / STATE_FILE, arrays)
+        (folder / config_file.NAME).write_bytes(config_file.write(config.model, "float32", ()))
+        for name, data in stats.items():
+            (folder / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "assets" / name).write_bytes(data)
+        record = {"step": step, "config": described(config), "files": _sizes(folder)}
+        (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    _prune(config, step)
+    return path
+
+
+def newest(config: TrainConfig) -> Path | None:
+    """The last whole checkpoint of a run; damaged ones are reported and passed over.
+
+    Raises:
+        ValueError: it is of another config; names what differs.
+    """
+    for step in sorted(steps(config), reverse=True):
+        path = config.run_dir / str(step)
+        try:
+            record = _checked(path)
+        except (OSError, ValueError) as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+            continue
+        _check_config(path, record["config"], described(config))
+        return path
+    return None
+
+
+def load(path: Path, model: Pi0Config) -> TrainState:
+    """The state in a checkpoint.
+
+    Raises:
+        ValueError: a file is damaged, or not of this model.
+    """
+    state = open_safetensors(epath.Path(path / STATE_FILE))
+    parts: dict[str, dict[str, np.ndarray]] = {"first": {}, "second": {}, "parameters": {}}
+    for name, array in state.items():
+        part, _, parameter = name.partition("/")
+        parts[part][parameter] = np.asarray(array)
+    used = dict(to_named(open_checkpoint(path), model))
+    has_average = bool(parts["parameters"])
+    return TrainState(
+        step=json.loads((path / RUN_FILE).read_text())["step"] + 1,
+        parameters=parts["parameters"] if has_average else used,
+        average=used if has_average else None,
+        first=parts["first"],
+        second=parts["second"],
+    )
+
+
+def steps(config: TrainConfig) -> list[int]:
+    """The steps that there are checkpoints of."""
+    found = config.run_dir.iterdir() if config.run_dir.exists() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def described(config: TrainConfig) -> dict[str, Any]:
+    """What makes a run, as JSON has it."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}
+    return json.loads(json.dumps(fields, default=str))
+
+
+def _check_config(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    wrong = list(_differences("", expected, found))
+    if wrong:
+        raise ValueError(
+            "\n".join(
+                [f"resume: {path} is of a run with another config; to resume it, set", *wrong]
+            )
+        )
+
+
+def _differences(name: str, expected: Any, found: Any) -> list[str]:
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        return [
+            line
+            for key in sorted(expected.keys() | found.keys())
+            for line in _differences(f"{name}.{key}".strip("."), expected.get(key), found.get(key))
+        ]
+    return [] if expected == found else [f"--{name}: expected {found!r}, got {expected!r}"]
+
+
+def _write_weights(folder: Path, config: TrainConfig, named: Mapping[str, np.ndarray]) -> None:
+    """In openpi's layout of the run's framework."""
+    source = Side(JAX, config.model)
+    arrays = {name: _in_memory(array) for name, array in named.items()}
+    target = Side(OPENPI_JAX if config.backend == "jax" else OPENPI_TORCH, config.model)
+    prefix, sink = _sink(folder, target)
+    try:
+        for group in groups(source, target):
+            convert_group(
+                group, arrays, source, target, lambda n, *part: sink.write(prefix + n, *part)
+            )
+        sink.close()
+    except BaseException:
+        sink.abandon()
+        raise
+
+
+def _sink(folder: Path, target: Side) -> tuple[str, Sink]:
+    if target.layout is OPENPI_JAX:
+        shapes = target.layout.shapes(target.config)
+        wide = {f"params/{name}": (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+        return "params/", OrbaxSink(folder / "params", wide, allow_non_finite=True)
+    tensors = torch_tensors(target.config, "float32")
+    metadata = {"format": "pt", **OPENPI_TORCH.aliases}
+    return "", SafetensorsSink(folder, "model", tensors, metadata, allow_non_finite=True)
+
+
+def _in_memory(array: np.ndarray) -> LazyArray:
+    return LazyArray(array.shape, array.dtype, lambda index: array[index])
+
+
+def _write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    tensors = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    file = SafetensorsFile(path, tensors, {"format": "np"})
+    for name, array in arrays.items():
+        file.write(name, 0, np.ascontiguousarray(array))
+    file.close(sync=True)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """A checkpoint's record, if all files are there and as large as they were.
+
+    Raises:
+        OSError, ValueError: they are not.
+    """
+    record = json.loads((path / RUN_FILE).read_text())
+    found = _sizes(path)
+    for name, size in record["files"].items():
+        if found.get(name) != size:
+            raise ValueError(f"{path / name}: expected {size} bytes, got {found.get(name)}")
+    return record
+
+
+def _prune(config: TrainConfig, step: int) -> None:
+    for other in steps(config):
+        is_kept = config.keep_period is not None and other % config.keep_period == 0
+        if other < step and not is_kept:
+            shutil.rmtree(config.run_dir / str(other))
