@@ -164,3 +164,22 @@ def test_gradient_checkpointing_can_be_switched():
     assert model.pi0.gradient_checkpointing
     model.gradient_checkpointing_disable()
     assert not model.pi0.gradient_checkpointing
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "requires gradients"])
+def test_openpis_state_dict_may_hold_any_tensors(kind):
+    """As openpi's bfloat16 files, and a model's own parameters, have them."""
+    config = tiny_config(dtype="bfloat16")
+    tensors = {
+        name: torch.tensor(np.asarray(tensor))
+        for name, tensor in from_named(parameters(config), config, OPENPI_TORCH)
+    }
+    given = {
+        name: tensor.to(torch.bfloat16) if kind == "bfloat16" else tensor.requires_grad_()
+        for name, tensor in tensors.items()
+    }
+    model = PI0Pytorch(config)
+    model.load_state_dict(given, strict=True)
+    found = model.pi0.action_in_proj.kernel
+    expected = given["action_in_proj.weight"].detach().T.to(found.dtype)
+    assert torch.equal(found, expected)

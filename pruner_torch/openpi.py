@@ -13,10 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pruner_spec.config import CAMERAS, Pi0Config
-from pruner_spec.layout import to_named
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_table
-from pruner_torch import sampling
+from pruner_torch import checkpoint, sampling
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
@@ -192,8 +191,6 @@ def _rename_from_openpi(
         return
     table = parameter_table(module.config)
     state_dict.clear()
-    for name, value in to_named(theirs, module.config):
-        parameter = table[name]
-        layers = [value] if parameter.layers is None else value
-        for torch_name, layer in zip(parameter.torch_names, layers, strict=True):
-            state_dict[f"{prefix}pi0.{torch_name}"] = torch.from_numpy(layer)
+    for name, value in checkpoint.read(theirs, module.config):
+        for torch_name, layer in checkpoint.unstacked(value, table[name]).items():
+            state_dict[f"{prefix}pi0.{torch_name}"] = layer

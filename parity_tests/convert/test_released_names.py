@@ -106,3 +106,23 @@ def put(root, name, parameter):
             root.add_module(parent, torch.nn.Module())
         root = getattr(root, parent)
     root.register_parameter(last, parameter)
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="Orbax needs JAX, and the model PyTorch")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_our_drop_in_takes_the_result(precision, tmp_path):
+    """As the README has it: `PI0Pytorch` and `load_model`, strict."""
+    from safetensors.torch import load_model
+
+    from pruner_torch import PI0Pytorch
+
+    config = tiny_config(dtype=precision)
+    source = save_jax(tmp_path / "jax", jax_tensors(config))
+    jax_to_pytorch(source, tmp_path / "torch", precision=precision)
+    model = PI0Pytorch(config, seed=1)
+    load_model(model, tmp_path / "torch/model.safetensors", strict=True)
+    expected = BACKENDS["torch"].module("checkpoint").load(tmp_path / "torch", config)
+    for (name, found), wanted in zip(
+        model.pi0.named_parameters(), expected.parameters(), strict=True
+    ):
+        assert (found == wanted).all(), name
