@@ -1,38 +1,36 @@
 """The two conversions as functions: openpi's JAX checkpoints to PyTorch's, and back."""
 
-import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 
 from convert import assets, config_file, lerobot, output, peft
+from convert.folders import (
+    DTYPES,
+    Format,
+    JaxFolder,
+    Precision,
+    PytorchFolder,
+    torch_dtype,
+    written_size,
+)
 from convert.mapping import Side, convert_all
-from convert.reading import ADAPTER_FILE, ADAPTER_FOLDER, ADAPTER_PREFIX, SAFETENSORS_FILE
+from convert.reading import ADAPTER_FOLDER
 from convert.source import Source, open_source
-from convert.writing import OrbaxSink, SafetensorsSink, Sink, size_of
-from pruner_spec import lora as adapters
+from convert.writing import Sink, closing
 from pruner_spec.config import Pi0Config
 from pruner_spec.layout import OPENPI_JAX, OPENPI_TORCH
-from pruner_spec.parameters import parameter_dtype
 
 Path_ = str | os.PathLike[str]
-Precision = Literal["bfloat16", "float32", "float16"]
-Format = Literal["openpi", "lerobot"]
 Lora = Literal["merge", "keep"]
 Start = Callable[[int], Callable[[int], None]]  # takes a total of bytes, gives what counts them
 
-_DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-}
-_FLOATS = (*_DTYPES.values(), np.dtype(np.float64))  # 8 bits need scales that stand elsewhere
+_FLOATS = (*DTYPES.values(), np.dtype(np.float64))  # 8 bits need scales that stand elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Conversion:
     def stored_dtype(self, name: str) -> np.dtype:
         """The dtype that was written for a parameter, by our name."""
         is_torch = self.target.layout is OPENPI_TORCH
-        return _torch_dtype(name, self.precision) if is_torch else _DTYPES[self.precision]
+        return torch_dtype(name, self.precision) if is_torch else DTYPES[self.precision]
 
 
 def jax_to_pytorch(
@@ -114,39 +112,23 @@ def jax_to_pytorch(
     path = _place(output_path, source, overwrite)
     shard_size = None if max_shard_size is None else parse_size(max_shard_size)
     files = _files(source, config, precision, format, asset_id)
-    tensors = torch_tensors(config, precision, unused=not omit_unused_lm_head)
-    factors = {name: tensors.pop(name) for name in list(tensors) if ".lora_" in name}
-    written = sum(
-        size_of(*tensor)
-        for name, tensor in (tensors | factors).items()
-        if name not in OPENPI_TORCH.unused
-    )
+    written = written_size(target, precision)
     output.check_space(path, written)
-    prefix, metadata = naming(format)
     count = (start or _silent)(written)
 
-    def sinks(folder: Path) -> dict[str, Sink]:
-        options = {"allow_non_finite": allow_non_finite, "progress": count}
-        named = {prefix + name: tensor for name, tensor in tensors.items()}
-        stem = SAFETENSORS_FILE.removesuffix(".safetensors")
-        found: dict[str, Sink] = {
-            prefix: SafetensorsSink(
-                folder, stem, named, metadata, max_shard_size=shard_size, **options
-            )
-        }
-        if factors:
-            (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
-            named = {ADAPTER_PREFIX + name: tensor for name, tensor in factors.items()}
-            stem = ADAPTER_FILE.removesuffix(".safetensors")
-            found[ADAPTER_PREFIX] = SafetensorsSink(
-                folder / ADAPTER_FOLDER, stem, named, {"format": "pt"}, **options
-            )
-        return found
+    def make(folder: Path) -> Sink:
+        return PytorchFolder(
+            folder,
+            config,
+            precision,
+            format=format,
+            max_shard_size=shard_size,
+            unused=not omit_unused_lm_head,
+            allow_non_finite=allow_non_finite,
+            progress=count,
+        )
 
-    def route(name: str) -> str:
-        return ADAPTER_PREFIX if name in factors else prefix
-
-    _convert(source, target, path, sinks, route, files, overwrite)
+    _convert(source, target, path, make, files, overwrite)
     return Conversion(source, path, target, precision, format, written)
 
 
@@ -184,42 +166,16 @@ def pytorch_to_jax(
     path = _place(output_path, source, overwrite)
     files = {f"{assets.FOLDER}/{name}": data for name, data in source.stats.items()}
     files[config_file.NAME] = config_file.write(config, precision, source.assumed)
-    tensors = _tensors(target, lambda name: _DTYPES[precision])
-    written = sum(size_of(*tensor) for tensor in tensors.values())
+    written = written_size(target, precision)
     output.check_space(path, written)
     count = (start or _silent)(written)
 
-    def sinks(folder: Path) -> dict[str, Sink]:
-        named = {f"params/{name}": tensor for name, tensor in tensors.items()}
+    def make(folder: Path) -> Sink:
         options = {"allow_non_finite": allow_non_finite, "progress": count}
-        return {"params/": OrbaxSink(folder / "params", named, **options)}
+        return JaxFolder(folder, config, precision, **options)
 
-    _convert(source, target, path, sinks, lambda name: "params/", files, overwrite)
+    _convert(source, target, path, make, files, overwrite)
     return Conversion(source, path, target, precision, "orbax", written)
-
-
-def torch_tensors(
-    config: Pi0Config, precision: Precision, *, unused: bool = True
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of openpi's PyTorch file, by name; not of the alias.
-
-    Args:
-        config: the model's.
-        precision: of the weights.
-        unused: with the head that nothing reads.
-    """
-    tensors = _tensors(Side(OPENPI_TORCH, config), lambda name: _torch_dtype(name, precision))
-    if unused:
-        shape = (config.action_expert.vocab_size, config.action_expert.width)
-        tensors[OPENPI_TORCH.unused[0]] = (_DTYPES[precision], shape)
-    return tensors
-
-
-def naming(format: Format) -> tuple[str, dict[str, str]]:
-    """What stands before every tensor's name, and the entries of the file's header."""
-    prefix = lerobot.TENSOR_PREFIX if format == "lerobot" else ""
-    tied = {prefix + alias: prefix + name for alias, name in OPENPI_TORCH.aliases.items()}
-    return prefix, {"format": "pt"} | tied
 
 
 def parse_size(size: str | int) -> int:
@@ -270,23 +226,6 @@ def _place(output_path: Path_, source: Source, overwrite: bool) -> Path:
     return path
 
 
-def _tensors(
-    side: Side, dtype: Callable[[str], np.dtype]
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Dtype and shape of every tensor of a side; the dtype from our parameter's name."""
-    return {
-        name: (dtype(row.ours[0]), row.shape(side.config))
-        for row in side.layout.rows_of(side.config)
-        for name in row.names(side.config)
-    }
-
-
-def _torch_dtype(name: str, precision: Precision) -> np.dtype:
-    """Adapters are small, and what they add is small beside the weights: they stay float32."""
-    is_kept = adapters.is_adapter(name) or parameter_dtype(name, "bfloat16") == "float32"
-    return _DTYPES["float32" if is_kept else precision]
-
-
 def _files(
     source: Source, config: Pi0Config, precision: Precision, format: Format, asset_id: str | None
 ) -> dict[str, bytes]:
@@ -320,37 +259,19 @@ def _convert(
     source: Source,
     target: Side,
     path: Path,
-    make_sinks: Callable[[Path], dict[str, Sink]],
-    route: Callable[[str], str],
+    make: Callable[[Path], Sink],
     files: Mapping[str, bytes],
     overwrite: bool,
 ) -> None:
-    """All groups into the sinks of a folder that appears when everything is in it.
+    """All of a source into a folder that appears when everything is in it.
 
     Args:
-        make_sinks: opens them in a folder, each by what stands before its tensors' names.
-        route: which of them a tensor goes to.
+        make: gives what takes the weights in a folder.
+        files: what stands beside them, by path.
     """
     with output.folder_in_full(path, overwrite=overwrite) as folder:
         for name, data in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-        with _closing(make_sinks(folder)) as sinks:
-
-            def write(name: str, start: int | None, array: np.ndarray) -> None:
-                prefix = route(name)
-                sinks[prefix].write(prefix + name, start, array)
-
-            convert_all(source.arrays, source.side, target, write)
-
-
-@contextlib.contextmanager
-def _closing(sinks: dict[str, Sink]) -> Iterator[dict[str, Sink]]:
-    try:
-        yield sinks
-        for sink in sinks.values():
-            sink.close()
-    except BaseException:
-        for sink in sinks.values():
-            sink.abandon()
-        raise
+        with closing(make(folder)) as sink:
+            convert_all(source.arrays, source.side, target, sink.write)

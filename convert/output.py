@@ -80,6 +80,7 @@ def folder_in_full(path: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
+            _sync(partial)
             if overwrite and os.path.lexists(path):
                 path.rename(replaced)
             partial.rename(path)  # an empty folder gives way, anything else is an error
@@ -89,6 +90,16 @@ def folder_in_full(path: Path, *, overwrite: bool) -> Iterator[Path]:
             raise OSError(f"output_path: expected room to write {path}, got {error}") from error
         finally:
             _settle(path)
+
+
+def _sync(folder: Path) -> None:
+    """Waits until all files of a folder are on disk, with their names."""
+    for path in (*(path for path in folder.rglob("*") if not path.is_symlink()), folder):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _hidden(path: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ Source: the format's description in the documentation of `safetensors`.
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as in the library
 _MOST_READ = 64 << 20  # bytes at a time of a stream
+_MOST_CACHED = 128 << 20  # bytes of a file being written that the system holds in memory
 
 
 class Tensor(NamedTuple):
@@ -204,6 +206,7 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._begins = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+        self._cached, self._lock = 0, threading.Lock()
         self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         os.ftruncate(self._file, 8 + len(text) + end)
         self._write(0, len(text).to_bytes(8, "little") + text)
@@ -225,6 +228,17 @@ class SafetensorsFile:
         while view:
             count = os.pwrite(self._file, view, place)
             view, place = view[count:], place + count
+        self._uncache(len(data))
+
+    def _uncache(self, count: int) -> None:
+        with self._lock:
+            self._cached += count
+            if self._cached < _MOST_CACHED:
+                return
+            self._cached = 0
+        os.fdatasync(self._file)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def in_order(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]:

@@ -49,6 +49,17 @@ class Sink(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def closing(sink: Sink) -> Iterator[Sink]:
+    """Closes a sink when all is written, and abandons it when that failed."""
+    try:
+        yield sink
+        sink.close()
+    except BaseException:
+        sink.abandon()
+        raise
+
+
 class SafetensorsSink:
     """`<stem>.safetensors`, or shards with an index where that would be too large.
 

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from convert import config_file, output
-from convert.conversion import torch_tensors
+from convert import config_file, output, peft
+from convert.folders import JaxFolder, PytorchFolder
 from convert.lazy_array import LazyArray
-from convert.mapping import Side, convert_group, groups
-from convert.reading import open_checkpoint
+from convert.mapping import Side, convert_all
+from convert.reading import ADAPTER_FOLDER, open_checkpoint
 from convert.safetensors_file import SafetensorsFile, open_safetensors
-from convert.writing import OrbaxSink, SafetensorsSink, Sink
+from convert.writing import closing
 from pruner_run.configs import TrainConfig
 from pruner_spec.config import Pi0Config
 from pruner_spec.layout import JAX, OPENPI_JAX, OPENPI_TORCH, to_named
@@ -156,27 +156,13 @@ def _write_weights(folder: Path, config: TrainConfig, named: Mapping[str, np.nda
     """In openpi's layout of the run's framework."""
     source = Side(JAX, config.model)
     arrays = {name: _in_memory(array) for name, array in named.items()}
-    target = Side(OPENPI_JAX if config.backend == "jax" else OPENPI_TORCH, config.model)
-    prefix, sink = _sink(folder, target)
-    try:
-        for group in groups(source, target):
-            convert_group(
-                group, arrays, source, target, lambda n, *part: sink.write(prefix + n, *part)
-            )
-        sink.close()
-    except BaseException:
-        sink.abandon()
-        raise
-
-
-def _sink(folder: Path, target: Side) -> tuple[str, Sink]:
-    if target.layout is OPENPI_JAX:
-        shapes = target.layout.shapes(target.config)
-        wide = {f"params/{name}": (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-        return "params/", OrbaxSink(folder / "params", wide, allow_non_finite=True)
-    tensors = torch_tensors(target.config, "float32")
-    metadata = {"format": "pt", **OPENPI_TORCH.aliases}
-    return "", SafetensorsSink(folder, "model", tensors, metadata, allow_non_finite=True)
+    is_jax = config.backend == "jax"
+    target = Side(OPENPI_JAX if is_jax else OPENPI_TORCH, config.model)
+    make = JaxFolder if is_jax else PytorchFolder
+    with closing(make(folder, config.model, "float32", allow_non_finite=True)) as sink:
+        convert_all(arrays, source, target, sink.write)
+    if config.model.has_lora and not is_jax:
+        (folder / ADAPTER_FOLDER / peft.NAME).write_bytes(peft.dumps(config.model))
 
 
 def _in_memory(array: np.ndarray) -> LazyArray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from convert import conversion, jax_to_pytorch
+from convert import folders, jax_to_pytorch
 from convert.mapping import Side, groups
 from convert.safetensors_file import metadata, open_safetensors
 from convert.writing import SafetensorsSink
@@ -38,8 +38,8 @@ def released(table):
 @full_size
 def test_full_size_files_have_the_released_names_shapes_and_dtypes(table, tmp_path):
     """The header of a file of 7 GB, which is a hole but for it."""
-    tensors = conversion.torch_tensors(FULL[table], "bfloat16")
-    sink = SafetensorsSink(tmp_path, "model", tensors, conversion.naming("openpi")[1])
+    tensors = folders.torch_tensors(FULL[table], "bfloat16")
+    sink = SafetensorsSink(tmp_path, "model", tensors, folders.naming("openpi")[1])
     sink.close()
     path = epath.Path(tmp_path / "model.safetensors")
     found = {
@@ -79,7 +79,7 @@ def test_openpis_strict_loader_takes_the_result(precision, tmp_path):
     [(alias, name)] = OPENPI_TORCH.aliases.items()
     put(model, alias, model.get_parameter(name))
     load_model(model, tmp_path / "torch/model.safetensors", strict=True)
-    dtypes = conversion.torch_tensors(config, precision)
+    dtypes = folders.torch_tensors(config, precision)
     for name, tensor in torch_tensors(config).items():
         wanted = torch.from_numpy(np.array(tensor, order="C"))
         rounded = wanted.to(getattr(torch, dtypes[name][0].name)).to(torch.float32)
