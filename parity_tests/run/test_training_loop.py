@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from parity_tests.cases import tiny_config
+from convert import jax_to_pytorch, pytorch_to_jax
+from convert.reading import open_checkpoint
+from parity_tests.cases import TINY_ADAPTED, tiny_config
 from pruner_run import metrics, run_checkpoint, training_loop
 from pruner_run.configs import TrainConfig
 from pruner_run.data.config import DataConfig
+from pruner_spec.layout import to_named
 from pruner_spec.optimization import CosineDecaySchedule
 from pruner_spec.parameters import random_parameters
 from pruner_spec.training import Batch, TrainState
@@ -262,3 +265,29 @@ def test_collapse_is_warned_of(caplog):
     assert metrics.warn_of_collapse(3, healthy | {"prune/kept_tokens_mean": 2.0})
     assert metrics.warn_of_collapse(3, healthy | {"prune/argmax_top1_share": 0.99})
     assert "--model.token_prune_min_keep 16" in caplog.text
+
+
+@pytest.mark.parametrize("adapters", [{}, TINY_ADAPTED], ids=["plain", "adapters"])
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_runs_checkpoint_converts(backend, adapters, tmp_path):
+    """To the other framework, strictly, and into both backends' models."""
+    model = tiny_config(dtype="float32", vision_variant="tiny/56", **adapters)
+    weights = dict(random_parameters(model, seed=5))
+    state = TrainState(1, weights, None, {}, {})
+    run = config(tmp_path, backend=backend, model=model)
+    run.run_dir.mkdir(parents=True)
+    path = run_checkpoint.save(run, 0, state, STATS)
+    converted = tmp_path / "converted"
+    if backend == "jax":
+        jax_to_pytorch(path, converted, precision="float32", lora="keep")
+    else:
+        pytorch_to_jax(path, converted)
+    for place in (path, converted):
+        found = dict(to_named(open_checkpoint(place), model))
+        assert found.keys() == weights.keys()
+        for name, array in weights.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert (converted / "assets/cube/norm_stats.json").exists()
+    loaded = run_checkpoint.load(path, model)
+    assert loaded.average is None
+    assert loaded.parameters.keys() == weights.keys()
