@@ -16,6 +16,7 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -27,7 +28,9 @@ from rich.progress import (
 
 from convert import conversion, inspection
 from convert.conversion import Conversion
+from convert.reading import open_checkpoint
 from convert.source import open_source
+from pruner_spec.layout import flatten
 
 BAD_INPUT, NOT_THE_SAME, INTERRUPTED = 2, 1, 128 + signal.SIGINT
 
@@ -152,9 +155,7 @@ def run(options: Options) -> int:
     console = Console(highlight=False)
     if options.inspect_only:
         lora_scale = options.lora_scale if isinstance(options, JaxToPytorch) else None
-        inspection.show(
-            open_source(options.checkpoint_dir, options.config_name, lora_scale), console
-        )
+        _inspect(options.checkpoint_dir, options.config_name, lora_scale, console)
         return 0
     if options.output_path is None:
         raise ValueError("output_path: expected a folder to write, or --inspect_only; got neither")
@@ -166,6 +167,20 @@ def run(options: Options) -> int:
 
     result = verification.verify(done, console)
     return 0 if result.is_the_same else NOT_THE_SAME
+
+
+def _inspect(
+    checkpoint_dir: str, config_name: str | None, lora_scale: float | None, console: Console
+) -> None:
+    """Shows what is there, whatever it is, before it is said what is wrong with it."""
+    try:
+        source = open_source(checkpoint_dir, config_name, lora_scale)
+    except ValueError:
+        arrays = flatten(open_checkpoint(checkpoint_dir))
+        names = {name.replace("/", "."): array for name, array in arrays.items()}
+        console.print(inspection.tree(escape(checkpoint_dir), names, "."))
+        raise
+    inspection.show(source, console)
 
 
 def _convert(options: Options) -> Conversion:
@@ -215,6 +230,6 @@ def _report(done: Conversion, console: Console) -> None:
             "one in assets/<asset_id>"
         )
     for field in source.assumed:
-        print_(
-            f"assumed: {field} {getattr(config, field)}; weights do not say it, --config_name does"
-        )
+        value = getattr(config, field, 1.0)
+        told = "a flag of that name" if field == "lora_scale" else "--config_name"
+        print_(f"assumed: {field} {value}; weights do not say it, {told} does")

@@ -89,7 +89,7 @@ def open_source(
         is_orbax=is_orbax,
         arrays=by_row(renamed(flat, found.layout), found.layout),
         side=Side(found.layout, config),
-        assumed=found.assumed,
+        assumed=found.assumed + _assumed_scale(config, told, lora_scale),
         stats=stats,
     )
 
@@ -120,6 +120,15 @@ def _resolved(name: str, value: Any) -> Any:
     if name in _EXPERTS:
         return gemma_variant(value)
     return vision_variant(value) if name == "vision_variant" else value
+
+
+def _assumed_scale(
+    config: Pi0Config, told: Mapping[str, Any], scale: float | None
+) -> tuple[str, ...]:
+    """Whether alpha was taken to be the rank of adapters, since nothing says it."""
+    variants = [getattr(config, name) for name in _EXPERTS if name not in told]
+    unnamed = [v for v in variants if not isinstance(v, str) and v.lora is not None]
+    return ("lora_scale",) if unnamed and scale is None else ()
 
 
 def _scaled(config: Pi0Config, scale: float | None) -> Pi0Config:

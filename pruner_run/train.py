@@ -50,6 +50,7 @@ def run(config: TrainConfig) -> None:
         level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)]
     )
     backends.choose(config.backend)
+    _check_devices(config)
     settings = config.settings
     stats = require_norm_stats(config)
     tokenizer = PromptTokenizer(tokenizer_path(config), max_len=config.model.max_token_len)
@@ -78,6 +79,16 @@ def run(config: TrainConfig) -> None:
     assets = checkpoint_assets(config, stats)
     last = training_loop.run(config, trainer, data, start, assets, console)
     console.print(f"{config.run_dir / str(last)}")
+
+
+def _check_devices(config: TrainConfig) -> None:
+    """Raises a ValueError for what would silently be several runs, or one device's."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.fsdp_devices != 1 or processes != 1:
+        raise ValueError(
+            f"fsdp_devices: expected 1, in one process: several devices are not supported yet; got "
+            f"{config.fsdp_devices} in {processes}"
+        )
 
 
 def tokenizer_path(config: TrainConfig) -> Path:

@@ -11,6 +11,7 @@ import tomllib
 import numpy as np
 import pytest
 
+from convert import cli
 from parity_tests.cases import TINY_ADAPTED, tiny_config
 from parity_tests.convert.checkpoints import jax_tensors, save_jax, save_torch, torch_tensors
 from parity_tests.convert.commands import COMMANDS, contents, converted, run
@@ -231,3 +232,15 @@ def test_the_installed_commands():
         pytest.skip("not installed")
     assert {name: entry.value for name, entry in installed.items()} == SCRIPTS
     assert [installed[name].load() for name in SCRIPTS] == list(COMMANDS.values())
+
+
+def test_what_is_not_recognised_is_shown_all_the_same(capsys, tmp_path):
+    tensors = torch_tensors(tiny_config())
+    del tensors["time_mlp_in.bias"]
+    folder = save_torch(tmp_path / "torch", tensors)
+    with pytest.raises(SystemExit) as ended:
+        cli.convert_pytorch_model_to_jax(["--checkpoint_dir", str(folder), "--inspect_only"])
+    assert ended.value.code == cli.BAD_INPUT
+    said = capsys.readouterr()
+    assert "weight [7, 56] float32" in said.out
+    assert "missing: time_mlp_in.bias" in said.err

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -384,3 +385,20 @@ def test_orbax_metadata_is_orbaxs(tmp_path):
     )
     assert found.pop("tree_metadata") == expected.pop("tree_metadata")
     assert found == expected
+
+
+def test_an_alpha_that_nothing_says_is_said_to_be_assumed(tmp_path):
+    """Of sizes with a name it is known, and what a flag or a config says is no assumption."""
+    from pruner_spec.config import LoraVariant
+
+    language = dataclasses.replace(ADAPTED.paligemma, lora=LoraVariant(rank=5, alpha=5.0))
+    unnamed = dataclasses.replace(ADAPTED, paligemma_variant=language)
+    for config, options, expected in (
+        (ADAPTED, {}, False),
+        (unnamed, {}, True),
+        (unnamed, {"lora_scale": 2.0}, False),
+    ):
+        source = save_jax(tmp_path / "jax", jax_tensors(config))
+        done = jax_to_pytorch(source, tmp_path / "torch", overwrite=True, **options)
+        assert ("lora_scale" in done.source.assumed) is expected
+        shutil.rmtree(source)
