@@ -231,6 +231,11 @@ class SafetensorsFile:
         self._uncache(len(data))
 
     def _uncache(self, count: int) -> None:
+        """Now and then, lets the system forget what it has on disk: nothing of it is read again.
+
+        It would push all else out of the system's cache and count towards a container's limit. And
+        in a virtual machine, memory that was used before is much faster than what the host gives.
+        """
         with self._lock:
             self._cached += count
             if self._cached < _MOST_CACHED:

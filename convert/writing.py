@@ -19,7 +19,8 @@ from convert.orbax_reading import without_spec
 from convert.safetensors_file import SafetensorsFile, in_order, size_of
 
 Tensors = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-Progress = Callable[[int], None]  # takes the number of bytes that are done, as they are
+# Takes the number of bytes that are done, as they are; threads call it side by side.
+Progress = Callable[[int], None]
 
 _WORKERS = 2
 # Bytes of an Orbax array that are stored in one piece, at the most. Memory for as many stays in the
