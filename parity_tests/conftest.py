@@ -32,6 +32,18 @@ def _forget_compiled_functions():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def compile_fast():
+    """A step compiles for half a minute; what XLA does not optimize it computes all the same."""
+    if "jax" in BACKENDS:
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    if "jax" in BACKENDS:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_sessionfinish() -> None:
     """Writes what was reached, for `python -m parity_tests.report`."""
     if path := os.environ.get("PARITY_RECORD"):

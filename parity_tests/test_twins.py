@@ -22,7 +22,11 @@ FRAMEWORK_NAMES = {"pi0.py: Pi0.device", "objective.py: to_device"}
 # A list of layers in PyTorch, one stacked layer in JAX; a step that JAX may have traced.
 OTHER_ANNOTATIONS = {"layers.py: stack", "objective.py: draw", "randomness.py: stream_key"}
 
+# How a model is spread over devices is each framework's own: of this file only these are compared.
+COMMON_NAMES = {"sharding.py": {"AXES", "make_mesh"}}
+
 ONE_SPELLING = {
+    "DeviceMesh": "Mesh",
     "forward": "__call__",
     "Tensor": "Array",
     "torch.dtype": "jnp.dtype",
@@ -97,10 +101,16 @@ def without_a_frameworks_own(lines: list[str], other: list[str]) -> list[str]:
 
 def differences(file: str, jax: str, torch: str) -> list[str]:
     """What differs between the two twins of a file, given their text."""
-    prefix = f"{file}: "
+    prefix, common = f"{file}: ", COMMON_NAMES.get(file)
     ours, theirs = (
         dict(outline(ast.parse(text).body, prefix, OTHER_ANNOTATIONS)) for text in (jax, torch)
     )
+    if common is not None:
+        ours, theirs = (
+            {name: each[name] for name in each if name.removeprefix(prefix) in common}
+            for each in (ours, theirs)
+        )
+        assert len(ours) == len(common)
     names = [[name for name in each if name not in FRAMEWORK_NAMES] for each in (ours, theirs)]
     found = [
         f"{'only in torch' if line[0] == '+' else 'only in jax'}, or in another order: {line[2:]}"

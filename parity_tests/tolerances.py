@@ -31,6 +31,8 @@ TOLERANCES: dict[str, dict[str, float]] = {
     # the layers computed twice: the loss of every step, the parameters and their average at last.
     "training loss": {"float64": 1e-9, "float32": 1e-4},
     "trained parameters": {"float64": 1e-8},
+    # A run on many devices against the run on one: losses, norms, parameters and their average.
+    "devices": {"float64": 1e-10, "float32": 1e-5},
     # Spread of queries that are equal but for rounding.
     "collapsed spread": {"float64": 1e-6},
     # Numbers in closed form or by finite differences, relative.

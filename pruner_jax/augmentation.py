@@ -5,6 +5,7 @@ Dimension letters: B batch, H and W pixels.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -67,8 +68,7 @@ def _sample(
     images: Float[Array, "B H W 3"], below: Float[Array, "B H W"], beside: Float[Array, "B H W"]
 ) -> Float[Array, "B H W 3"]:
     """Bilinear; what lies outside of the image is black."""
-    batch, height, width, _ = images.shape
-    sample = jnp.arange(batch)[:, None, None]
+    height, width = images.shape[1:3]
     first_row = jnp.arange(height)[:, None] + jnp.floor(below).astype(jnp.int32)
     first_column = jnp.arange(width) + jnp.floor(beside).astype(jnp.int32)
     share_below, share_beside = below - jnp.floor(below), beside - jnp.floor(beside)
@@ -78,6 +78,7 @@ def _sample(
             row, column = first_row + down, first_column + right
             weight = jnp.abs(1 - down - share_below) * jnp.abs(1 - right - share_beside)
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            values = images[sample, row.clip(0, height - 1), column.clip(0, width - 1)]
+            place = (row.clip(0, height - 1), column.clip(0, width - 1))
+            values = jax.vmap(lambda image, *at: image[at])(images, *place)
             total += weight[..., None] * jnp.where(inside[..., None], values, PAD_VALUE)
     return total

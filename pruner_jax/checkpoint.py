@@ -56,23 +56,19 @@ def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:
     return {name: np.asarray(parameters[name][...]) for name in parameter_table(model.config)}
 
 
-def assign(
-    model: "Pi0", named: Iterable[tuple[str, np.ndarray]], *, param_dtype: str | None = None
-) -> None:
+def assign(model: "Pi0", named: Iterable[tuple[str, np.ndarray]]) -> None:
     """Gives a model all its parameters, cast to the dtypes it stores them in.
 
     Args:
         model: abstract or not; what it had is replaced, one parameter at a time.
         named: pairs of our name and array [layers, ...], which is copied.
-        param_dtype: of all parameters, such as "float32" for a bfloat16 model that is to be
-            trained; None for the dtypes of the config.
 
     Raises:
         ValueError: they are not exactly the model's parameters; the model is then half assigned.
     """
     parameters = _parameters(model)
     assert parameters.keys() == parameter_table(model.config).keys()
-    for parameter, array in layout.stored(named, model.config, param_dtype):
+    for parameter, array in layout.stored(named, model.config):
         for name, value in unstacked(array, parameter).items():
             parameters[name].set_value(value)
 

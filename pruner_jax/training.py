@@ -3,6 +3,9 @@
 Parameters and moments are float32 (float64 in a float64 model), by our names; the model computes in
 its own dtype. What changes with the step, its number, the learning rate and the noise's scale, goes
 into the compiled function as arrays, so that it is compiled once.
+
+Over several processes each has a trainer, calls it when the others do, and gives it its own share
+of the batch; see `sharding`.
 """
 
 import dataclasses
@@ -16,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pruner_jax import checkpoint
+from pruner_jax import checkpoint, sharding
 from pruner_jax.metrics import Measures, summarize
 from pruner_jax.objective import draw, objective
 from pruner_jax.pi0 import Pi0
@@ -36,8 +40,6 @@ from pruner_spec.training import (
 )
 
 _Arrays = dict[str, Array]
-
-jax.tree_util.register_dataclass(Batch, [field.name for field in dataclasses.fields(Batch)], [])
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +72,7 @@ class Trainer:
         settings: the run's.
         weights: to begin with, anything that `checkpoint.load` takes; None for
             `initial_parameters` by the settings' seed.
+        mesh: of `sharding.make_mesh`, to train over several devices.
 
     Raises:
         ValueError: nothing is to be trained; or as `checkpoint.load`.
@@ -80,6 +83,8 @@ class Trainer:
         config: Pi0Config,
         settings: TrainingSettings,
         weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        *,
+        mesh: Mesh | None = None,
     ) -> None:
         self.config = config
         self.settings = dataclasses.replace(settings, freeze=tuple(settings.freeze))
@@ -87,14 +92,15 @@ class Trainer:
         self._names = trained_names(config, settings)
         self._record = PrunerRecord()
         self._step = 0
+        self._mesh = mesh
         parameters = self._arrays(_named(config, settings, weights))
         trained = {name: parameters.pop(name) for name in self._names}
         self._state = _State(
             trained=trained,
             frozen=parameters,
             average=None if settings.ema_decay is None else jax.tree.map(jnp.copy, trained),
-            first=jax.tree.map(jnp.zeros_like, trained),
-            second=jax.tree.map(jnp.zeros_like, trained),
+            first=self._zeros(trained),
+            second=self._zeros(trained),
         )
 
     @property
@@ -115,14 +121,16 @@ class Trainer:
         Raises:
             ValueError: `accumulation` does not divide the batch, or an array does not fit.
         """
-        check_divisible(batch, self.settings.accumulation)
-        self._state, metrics = _step(self.config, self.settings, self._state, batch, self._now())
+        batch = self._shared(batch)
+        self._state, metrics = _step(
+            self.config, self.settings, self._mesh, self._state, batch, self._now()
+        )
         self._step += 1
         return metrics
 
     def evaluate(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         """The metrics that the next step would have on a batch, without a step and its norms."""
-        check_divisible(batch, self.settings.accumulation)
+        batch = self._shared(batch)
         return _evaluate(self.config, self.settings, self._state, batch, self._now())
 
     def state(self) -> TrainState:
@@ -164,20 +172,26 @@ class Trainer:
         rate = self.settings.schedule.learning_rate(self._step)
         return _Now(np.array(self._step, np.uint32), np.array(rate, dtype), np.array(scale, dtype))
 
+    def _shared(self, batch: Batch) -> Batch:
+        devices = 1 if self._mesh is None else self._mesh.local_mesh.size
+        check_divisible(batch, self.settings.accumulation, devices)
+        return sharding.share(batch, self._mesh)
+
     def _arrays(self, named: Iterable[tuple[str, Any]]) -> _Arrays:
-        """Arrays on the device, copied and cast to the master's dtype."""
-        dtype, table = master_dtype(self.config), parameter_table(self.config)
-        arrays = ((name, np.asarray(array, dtype)) for name, array in named)
-        return {
-            key: value
-            for name, array in arrays
-            for key, value in checkpoint.unstacked(array, table[name]).items()
-        }
+        """Arrays on the devices, copied and cast to the master's dtype."""
+        dtype = master_dtype(self.config)
+        return {name: sharding.place(np.asarray(array, dtype), self._mesh) for name, array in named}
+
+    def _zeros(self, like: _Arrays) -> _Arrays:
+        return self._arrays((name, np.zeros(array.shape)) for name, array in like.items())
 
     def _stacked(self, arrays: _Arrays) -> dict[str, np.ndarray]:
         """Arrays of NumPy, in the order of the model's parameters."""
-        table = parameter_table(self.config)
-        return {name: checkpoint.stacked(arrays, table[name]) for name in table if name in arrays}
+        return {
+            name: checkpoint.stacked({name: sharding.whole(arrays[name])}, parameter)
+            for name, parameter in parameter_table(self.config).items()
+            if name in arrays
+        }
 
 
 def _named(
@@ -189,12 +203,17 @@ def _named(
     return checkpoint.read(weights, config)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _step(
-    config: Pi0Config, settings: TrainingSettings, state: _State, batch: Batch, now: _Now
+    config: Pi0Config,
+    settings: TrainingSettings,
+    mesh: Mesh | None,
+    state: _State,
+    batch: Batch,
+    now: _Now,
 ) -> tuple[_State, dict[str, Float[Array, ""]]]:
     gradients, measures = _gradients(config, settings, state, batch, now)
-    state = _updated(settings, state, gradients, now)
+    state = sharding.kept(_updated(settings, state, gradients, now), mesh)
     norms = {
         "grad_norm": optax.tree.norm(gradients),
         "param_norm": optax.tree.norm(state.trained),

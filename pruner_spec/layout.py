@@ -153,15 +153,9 @@ def from_named(
 
 
 def stored(
-    named: Iterable[tuple[str, np.ndarray]], config: Pi0Config, param_dtype: str | None = None
+    named: Iterable[tuple[str, np.ndarray]], config: Pi0Config
 ) -> Iterator[tuple[Parameter, np.ndarray]]:
     """Every parameter of a model with its array [layers, ...], in the dtype the model keeps it in.
-
-    Args:
-        named: pairs of our name and array.
-        config: the model's.
-        param_dtype: of all parameters, such as "float32" to train a bfloat16 model; None for those
-            of `parameter_dtype`.
 
     Raises:
         ValueError: they are not exactly the model's parameters; raised when the pairs are through,
@@ -172,7 +166,7 @@ def stored(
     for name, array in named:
         given[name] = array.shape
         if name in table and array.shape == table[name].stacked_shape:
-            dtype = np.dtype(param_dtype or parameter_dtype(name, config.dtype))
+            dtype = np.dtype(parameter_dtype(name, config.dtype))
             yield table[name], array.astype(dtype, copy=False)
     check(given, JAX, config)
 

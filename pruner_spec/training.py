@@ -122,11 +122,18 @@ def trained_names(config: Pi0Config, settings: TrainingSettings) -> tuple[str, .
     return names
 
 
-def check_divisible(batch: Batch, parts: int) -> None:
-    """Raises ValueError unless the batch can be cut into equal parts."""
-    if (size := len(batch.places)) % parts or not size:
+def check_divisible(batch: Batch, accumulation: int, devices: int = 1) -> None:
+    """Raises ValueError unless a process's share of a batch can be cut into equal parts.
+
+    Args:
+        batch: the share.
+        accumulation: parts that are computed one after the other.
+        devices: of the process.
+    """
+    if (size := len(batch.places)) % (accumulation * devices) or not size:
         raise ValueError(
-            f"batch: expected a number of samples that accumulation={parts} divides, got {size}"
+            f"batch: expected a number of samples that accumulation={accumulation} times {devices} "
+            f"device{'s' if devices > 1 else ''} divides, got {size}"
         )
 
 

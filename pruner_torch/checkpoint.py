@@ -70,7 +70,6 @@ def assign(
     model: "Pi0",
     named: Iterable[tuple[str, np.ndarray]],
     *,
-    param_dtype: str | None = None,
     device: torch.device | str | None = None,
 ) -> None:
     """Gives a model all its parameters, cast to the dtypes it stores them in.
@@ -78,8 +77,6 @@ def assign(
     Args:
         model: on any device, "meta" too; what it had is replaced, one parameter at a time.
         named: pairs of our name and array [layers, ...], which is copied.
-        param_dtype: of all parameters, such as "float32" for a bfloat16 model that is to be
-            trained; None for the dtypes of the config.
         device: where the parameters are to be; None for PyTorch's default.
 
     Raises:
@@ -89,7 +86,7 @@ def assign(
     names = {name for parameter in table.values() for name in parameter.torch_names}
     assert model.state_dict().keys() == names
     device = torch.get_default_device() if device is None else device
-    for parameter, array in layout.stored(named, model.config, param_dtype):
+    for parameter, array in layout.stored(named, model.config):
         state = {name: each.to(device) for name, each in unstacked(array, parameter).items()}
         model.load_state_dict(state, strict=False, assign=True)
 

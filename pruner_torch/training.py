@@ -3,17 +3,21 @@
 Parameters and moments are float32 (float64 in a float64 model), whatever the model computes in. The
 host never waits for the device in a step: what changes with the step, its number, the learning rate
 and the noise's scale, is known to the host, and nothing is read back.
+
+Over several processes each has a trainer, calls it when the others do, and gives it its own share
+of the batch; see `sharding`.
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.parameters import initial_parameters, parameter_table
@@ -26,9 +30,9 @@ from pruner_spec.training import (
     master_dtype,
     trained_names,
 )
-from pruner_torch import checkpoint
+from pruner_torch import checkpoint, sharding
 from pruner_torch.metrics import Measures, Pruning, summarize
-from pruner_torch.objective import draw, objective, to_device
+from pruner_torch.objective import draw, to_device
 from pruner_torch.pi0 import Pi0
 
 
@@ -40,6 +44,7 @@ class Trainer:
         settings: the run's.
         weights: to begin with, anything that `checkpoint.load` takes; None for
             `initial_parameters` by the settings' seed.
+        mesh: of `sharding.make_mesh`, to train over several processes.
         device: where everything is; None for PyTorch's default.
 
     Raises:
@@ -52,6 +57,7 @@ class Trainer:
         settings: TrainingSettings,
         weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         *,
+        mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self.config = config
@@ -60,20 +66,14 @@ class Trainer:
         self._device = torch.get_default_device() if device is None else torch.device(device)
         self._record = PrunerRecord()
         self._step = 0
-        self._model = Pi0(config, seed=None)
-        checkpoint.assign(
-            self._model,
-            _named(config, settings, weights),
-            param_dtype=master_dtype(config),
-            device=self._device,
-        )
-        self._model.gradient_checkpointing = settings.gradient_checkpointing
-        self._model.requires_grad_(False)
-        table, parameters = parameter_table(config), dict(self._model.named_parameters())
-        names = [name for family in self._names for name in table[family].torch_names]
-        self._trained = {name: parameters[name] for name in names}
-        for parameter in self._trained.values():
-            parameter.requires_grad_(True)
+        self._mesh = mesh
+        self._model = _empty(config, settings, self._names, mesh).to_empty(device=self._device)
+        parameters = dict(self._model.named_parameters())
+        self._assign(parameters, _named(config, settings, weights))
+        self._trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._objective = sharding.Objective(self._model)
+        if mesh is not None and mesh["fsdp"].size() == 1:
+            self._objective = sharding.repeated(self._model, mesh)
         self._average = None
         if settings.ema_decay is not None:
             self._average = {name: p.detach().clone() for name, p in self._trained.items()}
@@ -98,7 +98,7 @@ class Trainer:
             ValueError: `accumulation` does not divide the batch, or an array does not fit.
         """
         check_divisible(batch, self.settings.accumulation)
-        metrics = summarize(_joined([self._backward(part) for part in self._parts(batch)]))
+        metrics = self._summarized([self._backward(part) for part in self._parts(batch)])
         metrics |= self._update()
         self._step += 1
         return metrics
@@ -107,7 +107,7 @@ class Trainer:
     def evaluate(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """The metrics that the next step would have on a batch, without a step and its norms."""
         check_divisible(batch, self.settings.accumulation)
-        return summarize(_joined([self._measures(part) for part in self._parts(batch)]))
+        return self._summarized([self._measures(part) for part in self._parts(batch)])
 
     def state(self) -> TrainState:
         """All that is needed to go on, in this backend or the other; a copy."""
@@ -127,11 +127,11 @@ class Trainer:
             ValueError: it is not of a run with this model and these settings.
         """
         state.check(self.config, self.settings)
-        self._assign(dict(self._model.named_parameters()), state.parameters)
+        self._assign(dict(self._model.named_parameters()), state.parameters.items())
         if self._average is not None and state.average is not None:
-            self._assign(self._average, state.average)
-        self._assign(self._moments("exp_avg"), state.first)
-        self._assign(self._moments("exp_avg_sq"), state.second)
+            self._assign(self._average, state.average.items())
+        self._assign(self._moments("exp_avg"), state.first.items())
+        self._assign(self._moments("exp_avg_sq"), state.second.items())
         for count in self._moments("step").values():
             count.fill_(state.step)
         self._step = state.step
@@ -152,13 +152,19 @@ class Trainer:
         """The loss of a part in this step, and how it was pruned."""
         scale = self._noise_scale()
         draws = draw(self.config, self.settings, self._step, scale, part.places, self._device)
-        return objective(self._model, part, draws)
+        loss, pruning = self._objective(part, draws)
+        return Measures(loss=loss, pruning=pruning)
 
     def _backward(self, part: Batch) -> Measures:
         """Adds to the gradients of the whole batch's mean loss."""
         measures = self._measures(part)
         (measures.loss.mean() / self.settings.accumulation).backward()
         return dataclasses.replace(measures, loss=measures.loss.detach())
+
+    @torch.no_grad()
+    def _summarized(self, parts: Sequence[Measures]) -> dict[str, Float[Tensor, ""]]:
+        measures = _joined(parts)
+        return summarize(measures if self._mesh is None else sharding.gathered(measures))
 
     @torch.no_grad()
     def _update(self) -> dict[str, Float[Tensor, ""]]:
@@ -173,28 +179,47 @@ class Trainer:
         decay = self.settings.ema_decay
         if self._average is not None and decay is not None:
             torch._foreach_lerp_(list(self._average.values()), parameters, 1 - decay)
-        return {"grad_norm": norm, "param_norm": nn.utils.get_total_norm(parameters)}
+        return {"grad_norm": norm, "param_norm": _norm(parameters)}
 
     def _moments(self, kind: str) -> dict[str, Tensor]:
         """What the optimizer holds of this kind, by the parameter's name in the model."""
         return {name: self._optimizer.state[p][kind] for name, p in self._trained.items()}
 
     @torch.no_grad()
-    def _assign(self, tensors: Mapping[str, Tensor], named: Mapping[str, Any]) -> None:
+    def _assign(self, tensors: Mapping[str, Tensor], named: Iterable[tuple[str, Any]]) -> None:
         """Copies arrays by our names into those of the tensors that are of their families."""
         dtype, table = master_dtype(self.config), parameter_table(self.config)
-        for family, array in named.items():
+        for family, array in named:
             layers = checkpoint.unstacked(np.asarray(array, dtype), table[family])
             for name in tensors.keys() & layers.keys():
-                tensors[name].copy_(layers[name])
+                sharding.fill(tensors[name], layers[name])
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Arrays of NumPy by our names, in the order of the model's parameters."""
-        return {
-            name: checkpoint.stacked(tensors, parameter)
-            for name, parameter in parameter_table(self.config).items()
-            if parameter.torch_names[0] in tensors
-        }
+        found = {}
+        for name, parameter in parameter_table(self.config).items():
+            if parameter.torch_names[0] in tensors:
+                layers = {each: sharding.whole(tensors[each]) for each in parameter.torch_names}
+                found[name] = checkpoint.stacked(layers, parameter)
+        return found
+
+
+def _empty(
+    config: Pi0Config,
+    settings: TrainingSettings,
+    trained: Sequence[str],
+    mesh: DeviceMesh | None,
+) -> Pi0:
+    """The model without memory, split over the devices if it is to be."""
+    model = Pi0(config, seed=None).to(getattr(torch, master_dtype(config)))
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    table = parameter_table(config)
+    names = {name for family in trained for name in table[family].torch_names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    if mesh is not None and mesh["fsdp"].size() > 1:
+        sharding.split(model, mesh)
+    return model
 
 
 def _named(
@@ -235,9 +260,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _clip(gradients: list[Tensor], limit: float) -> Float[Tensor, ""]:
     """Scales the gradients, in place, so that their norm is at most `limit`; the norm before."""
-    norm = nn.utils.get_total_norm(gradients)
+    norm = _norm(gradients)
     torch._foreach_mul_(gradients, torch.where(norm <= limit, 1.0, limit / norm))
     return norm
+
+
+def _norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
+    return sharding.whole(nn.utils.get_total_norm(tensors))
 
 
 def _map(function: Callable[[Any], Any], batch: Batch) -> Batch:
