@@ -25,7 +25,7 @@ from rich.table import Table
 
 from pruner_spec.config import CAMERAS, IMAGE_SIZE, Pi0Config
 from pruner_spec.parameters import parameter_table
-from pruner_spec.training import Batch, TrainingSettings
+from pruner_spec.training import Batch, GradientCheckpointing, TrainingSettings
 
 TFLOP_A_SAMPLE = 13.9  # three times the forward pass over 968 + 50 tokens
 _ROW = "TRAIN_SPEED_ROW"  # tells a process which row it is to measure
@@ -44,7 +44,7 @@ class Options:
         batch_size: samples a step.
         steps: that are timed.
         warmup: that are not.
-        gradient_checkpointing: computes layers again in the backward pass.
+        gradient_checkpointing: what is computed again in the backward pass.
         augment: images.
         ema: keeps an average of the weights.
         output: for the numbers, as JSON.
@@ -56,7 +56,7 @@ class Options:
     batch_size: int = 32
     steps: int = 8
     warmup: int = 3
-    gradient_checkpointing: tyro.conf.FlagConversionOff[bool] = True
+    gradient_checkpointing: GradientCheckpointing = "products"
     augment: tyro.conf.FlagConversionOff[bool] = False
     ema: tyro.conf.FlagConversionOff[bool] = False
     output: Path | None = None

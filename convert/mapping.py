@@ -189,8 +189,10 @@ def _merge(
     """As `row.merge`; parts are put on each other in the same memory for every layer."""
     if len(parts) == 1:
         return row.merge(parts, config)
-    shape, dtype = (len(parts), *parts[0].shape), np.result_type(*(part.dtype for part in parts))
-    stack = stacks.setdefault((row.theirs, dtype), np.empty(shape, dtype))
+    dtype = np.result_type(*(part.dtype for part in parts))
+    stack = stacks.get((row.theirs, dtype))
+    if stack is None:
+        stack = stacks[row.theirs, dtype] = np.empty((len(parts), *parts[0].shape), dtype)
     for place, part in zip(stack, parts, strict=True):
         copy(place, part)
     # To a row with one parameter, the stack is the array that has the axis `two` already.

@@ -215,13 +215,9 @@ class SafetensorsFile:
         """Writes contiguous bytes at an offset into a tensor. Threads may write side by side."""
         self._write(self._begins[name] + offset, data.reshape(-1).view(np.uint8).data)
 
-    def close(self, *, sync: bool) -> None:
-        """Closes the file; `sync` waits until it is on disk."""
-        try:
-            if sync:
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
+    def close(self) -> None:
+        """Closes the file; it may not be on disk yet, see `convert.output.folder_in_full`."""
+        os.close(self._file)
 
     def _write(self, place: int, data: Any) -> None:
         view = memoryview(data)

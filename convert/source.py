@@ -45,11 +45,6 @@ class Source:
     assumed: tuple[str, ...]
     stats: Mapping[str, bytes]
 
-    @property
-    def nbytes(self) -> int:
-        """What all arrays take in memory."""
-        return sum(array.nbytes for array in self.arrays.values())
-
 
 def open_source(
     checkpoint_dir: str | os.PathLike[str],

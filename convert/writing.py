@@ -5,7 +5,6 @@ import contextlib
 import errno
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Finishes; `convert.output.folder_in_full` waits until everything is on disk."""
         ...
 
     def abandon(self) -> None:
@@ -127,7 +126,7 @@ class SafetensorsSink:
     def close(self) -> None:
         self._pool.shutdown()
         while self._files:
-            self._files.popitem()[1].close(sync=True)
+            self._files.popitem()[1].close()
         if len(set(self._shard_of.values())) > 1:
             index = {
                 "metadata": {"total_size": sum(size_of(*each) for each in self._tensors.values())},
@@ -139,7 +138,7 @@ class SafetensorsSink:
     def abandon(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         while self._files:
-            self._files.popitem()[1].close(sync=False)
+            self._files.popitem()[1].close()
 
 
 def _shards(tensors: Tensors, max_size: int | None) -> Iterator[Tensors]:
@@ -193,7 +192,7 @@ class OrbaxSink:
         folder.mkdir()
         self._folder, self._tensors = folder, tensors
         self._allow_non_finite, self._progress = allow_non_finite, progress
-        self._context = tensorstore.Context({"file_io_sync": False})  # `close` waits for the disk
+        self._context = tensorstore.Context({"file_io_sync": False})  # nor does `close`
         self._stores: dict[str, Any] = {}
         self._gathered: dict[str, _Rows] = {}
         self._under_way: dict[str, Any] = {}
@@ -216,9 +215,6 @@ class OrbaxSink:
         assert self._stores.keys() == self._tensors.keys()
         metadata = self._folder / "_METADATA"
         metadata.write_text(json.dumps(tree_metadata(self._tensors)))
-        for path in (path for path in self._folder.rglob("*") if path.is_file()):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
     def abandon(self) -> None:
         # What is under way cannot be called back: it would appear in a folder that was removed.

@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
 
@@ -13,6 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", os.environ.get("PARITY_DEVICE", "cpu"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # A second thread gains a small model little, and costs it much where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What one process has compiled the others need not: workers, and the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="parity_tests-jax-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from parity_tests import record
 from parity_tests.harness import BACKENDS
@@ -24,17 +30,25 @@ _finished = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def _forget_compiled_functions():
+def _forget_compiled_functions(request):
     """Compiled functions of hundreds of tests would fill the memory of a small machine."""
     yield
-    if "jax" in sys.modules and next(_finished) % 20 == 0:
+    if "compile_fast" not in request.fixturenames and next(_finished) % 20 == 0:
+        _forget()
+
+
+def _forget() -> None:
+    if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
 
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """A step compiles for half a minute; what XLA does not optimize it computes all the same."""
+    """A step compiles for half a minute; what XLA does not optimize it computes all the same.
+
+    What such a module compiles, a few large functions that many tests call, is kept to its end.
+    """
     if "jax" in BACKENDS:
         import jax
 
@@ -42,6 +56,7 @@ def compile_fast():
     yield
     if "jax" in BACKENDS:
         jax.config.update("jax_disable_most_optimizations", False)
+    _forget()
 
 
 def pytest_sessionfinish() -> None:

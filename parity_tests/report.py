@@ -18,7 +18,6 @@ from parity_tests.tolerances import TOLERANCES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "parity.md"
-MARK = "<!-- what follows is generated: python -m parity_tests.report -->\n"
 PACKAGES = ("jax", "flax", "torch", "numpy")
 
 
@@ -29,9 +28,22 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", "-q", *sys.argv[1:]]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
         reached = read(pathlib.Path(folder))
-    written_by_hand, _, _ = PAGE.read_text().partition(MARK)
-    PAGE.write_text(written_by_hand + MARK + render(reached))
-    print(f"wrote {PAGE}")
+    write_generated(PAGE, "parity_tests.report", render(reached))
+
+
+def write_generated(page: pathlib.Path, module: str, text: str) -> None:
+    """Replaces what stands below a page's mark, which names the module that makes it."""
+    mark = f"<!-- what follows is generated: python -m {module} -->\n"
+    written_by_hand, _, _ = page.read_text().partition(mark)
+    page.write_text(written_by_hand + mark + text)
+    print(f"wrote {page}")
+
+
+def made_with() -> str:
+    """Today's date, the machine and the versions, for a page."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    today = datetime.datetime.now(tz=datetime.UTC).date()
+    return f"{today}, on the CPU ({platform.machine()}), {versions}"
 
 
 def read(folder: pathlib.Path) -> dict[tuple[str, str, str], float]:
@@ -45,12 +57,10 @@ def read(folder: pathlib.Path) -> dict[tuple[str, str, str], float]:
 
 def render(reached: dict[tuple[str, str, str], float]) -> str:
     """The generated part of the page."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    today = datetime.datetime.now(tz=datetime.UTC).date()
     bounded = [row for row in sorted(reached) if row[0] in TOLERANCES]
     shown = [row for row in sorted(reached) if row[0] not in TOLERANCES]
     lines = [
-        f"\nReached on {today}, on the CPU ({platform.machine()}), {versions}.\n",
+        f"\nReached on {made_with()}.\n",
         "| level | dtype | what | reached | bound |",
         "|---|---|---|---|---|",
         *(

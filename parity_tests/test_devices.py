@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from parity_tests import test_training as training
-from parity_tests.harness import BACKENDS, error, parameters
+from parity_tests import training_runs as training
+from parity_tests.harness import BACKENDS, error, forced_devices, parameters
 from parity_tests.record import check
 from pruner_spec.config import CAMERAS
 from pruner_spec.training import Batch
@@ -25,7 +25,7 @@ SIZE = 16  # of the global batch
 RUNS = {
     "whole": training.varied(training.THE_RUN, STEPS),
     "in parts": training.varied(
-        training.THE_RUN, STEPS, accumulation=2, gradient_checkpointing=True
+        training.THE_RUN, STEPS, accumulation=2, gradient_checkpointing="full"
     ),
     "float32": training.computed_in(
         training.varied(training.THE_RUN, STEPS), "float32", token_pruning_enabled=False
@@ -95,18 +95,19 @@ import torch
 from parity_tests.test_devices import RUNS, train
 from pruner_torch import sharding, training
 
-rank, world, fsdp, name, store, out = json.loads(sys.argv[1])
+rank, world, cases, folder = json.loads(sys.argv[1])
 torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
 )
-mesh = sharding.make_mesh(fsdp, device="cpu")
+for fsdp, name in cases:
+    mesh = sharding.make_mesh(fsdp, device="cpu")
 
-def make(*arguments):
-    return training.Trainer(*arguments, mesh=mesh, device="cpu")
+    def make(*arguments):
+        return training.Trainer(*arguments, mesh=mesh, device="cpu")
 
-found = train(make, RUNS[name], slice(rank, None, world))
-if rank == 0:
-    np.savez(out, **found)
+    found = train(make, RUNS[name], slice(rank, None, world))
+    if rank == 0:
+        np.savez(f"{folder}/{fsdp}, {name}.npz", **found)
 torch.distributed.destroy_process_group()
 """
 
@@ -117,24 +118,26 @@ import numpy as np
 from parity_tests.test_devices import RUNS, train
 from pruner_jax import sharding, training
 
-fsdp, name, out = json.loads(sys.argv[1])
+cases, folder = json.loads(sys.argv[1])
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 sharding.SPLIT_FROM_BYTES = 0
-mesh, trainers = sharding.make_mesh(fsdp), []
 
-def make(*arguments):
-    trainers.append(training.Trainer(*arguments, mesh=mesh))
-    return trainers[-1]
+for number, (fsdp, name) in enumerate(cases):
+    mesh, trainers = sharding.make_mesh(fsdp), []
 
-with jax.enable_x64(RUNS[name].config.dtype == "float64"):
-    np.savez(out, **train(make, RUNS[name]))
-assert training._step._cache_size() == 1
-state, last = trainers[-1]._state, trainers[-1]._state.trained
-split = {each for each, array in last.items() if not array.sharding.is_fully_replicated}
-assert bool(split) == (fsdp > 1) and ("gemma.embedder.embedding" in split) == (fsdp > 1)
-for arrays in (state.average, state.first, state.second):
-    assert all(arrays[each].sharding == array.sharding for each, array in last.items())
+    def make(*arguments):
+        trainers.append(training.Trainer(*arguments, mesh=mesh))
+        return trainers[-1]
+
+    with jax.enable_x64(RUNS[name].config.dtype == "float64"):
+        np.savez(f"{folder}/{fsdp}, {name}.npz", **train(make, RUNS[name]))
+    assert training._step._cache_size() == number + 1
+    state, last = trainers[-1]._state, trainers[-1]._state.trained
+    split = {each for each, array in last.items() if not array.sharding.is_fully_replicated}
+    assert bool(split) == (fsdp > 1) and ("gemma.embedder.embedding" in split) == (fsdp > 1)
+    for arrays in (state.average, state.first, state.second):
+        assert all(arrays[each].sharding == array.sharding for each, array in last.items())
 """
 
 
@@ -176,39 +179,54 @@ def same(who, name, found, expected):
             check("devices", dtype, who, error(found[each], expected[each]), each)
 
 
+# (processes, devices over which weights are split, run)
+TORCH_CASES = [
+    (2, 1, "whole"),
+    (2, 1, "in parts"),
+    (2, 2, "whole"),
+    (2, 2, "in parts"),
+    (2, 2, "float32"),
+    (4, 2, "whole"),
+]
+JAX_CASES = [(1, "whole"), (2, "in parts"), (8, "float32")]
+
+
+@pytest.fixture(scope="module")
+def made_by_torch(tmp_path_factory):
+    """All cases of a number of processes, which make them one after the other; their folder."""
+
+    @functools.cache
+    def made(world):
+        folder = tmp_path_factory.mktemp("torch")
+        cases = [(fsdp, name) for processes, fsdp, name in TORCH_CASES if processes == world]
+        finish([start(TORCH, [rank, world, cases, str(folder)]) for rank in range(world)])
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def made_by_jax(tmp_path_factory):
+    """All cases, by one process that sees eight devices; their folder."""
+    folder = tmp_path_factory.mktemp("jax")
+    finish([start(JAX, [JAX_CASES, str(folder)], **forced_devices(8))])
+    return folder
+
+
 @pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
-@pytest.mark.parametrize(
-    ("world", "fsdp", "name"),
-    [
-        (2, 1, "whole"),
-        (2, 1, "in parts"),
-        (2, 2, "whole"),
-        (2, 2, "in parts"),
-        (4, 2, "whole"),
-        (2, 2, "float32"),
-    ],
-)
-def test_torch_in_processes(tmp_path, world, fsdp, name):
+@pytest.mark.parametrize(("world", "fsdp", "name"), TORCH_CASES)
+def test_torch_in_processes(made_by_torch, world, fsdp, name):
     """DDP, FSDP2, and FSDP2 within groups that repeat each other."""
-    out = tmp_path / "found.npz"
-    finish(
-        [
-            start(TORCH, [rank, world, fsdp, name, str(tmp_path / "store"), str(out)])
-            for rank in range(world)
-        ]
-    )
     kind = "DDP" if fsdp == 1 else f"FSDP2 in groups of {fsdp}"
-    same(f"torch, {world} processes, {kind}", name, np.load(out), on_one_device("torch", name))
+    found = np.load(made_by_torch(world) / f"{fsdp}, {name}.npz")
+    same(f"torch, {world} processes, {kind}", name, found, on_one_device("torch", name))
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
-@pytest.mark.parametrize(("fsdp", "name"), [(1, "whole"), (2, "in parts"), (8, "float32")])
-def test_jax_on_eight_devices(tmp_path, fsdp, name):
-    out = tmp_path / "found.npz"
-    flags = "--xla_force_host_platform_device_count=8"
-    finish([start(JAX, [fsdp, name, str(out)], XLA_FLAGS=flags)])
-    expected = on_one_device("jax", name)
-    same(f"jax, 8 devices, weights over {fsdp}", name, np.load(out), expected)
+@pytest.mark.parametrize(("fsdp", "name"), JAX_CASES)
+def test_jax_on_eight_devices(made_by_jax, fsdp, name):
+    found = np.load(made_by_jax / f"{fsdp}, {name}.npz")
+    same(f"jax, 8 devices, weights over {fsdp}", name, found, on_one_device("jax", name))
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 import pruner_jax.randomness as jax_randomness
 import pruner_torch.randomness as torch_randomness
+from parity_tests.harness import forced_devices
 from parity_tests.tolerances import tolerance
 from pruner_spec import randomness as spec
 from pruner_spec.randomness import Stream
@@ -277,9 +278,7 @@ found = draw(jax.device_put(keys, batch))
 assert len(found.sharding.device_set) == 4
 np.testing.assert_array_equal(found, spec.random_bits(keys, (5, 3)))
 """
-    four_devices = {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    four_devices = forced_devices(4) | {
         "JAX_ENABLE_X64": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }

@@ -1,161 +1,42 @@
 """Training: every step is the spec's, and a run is the same run in either backend."""
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
 
-from parity_tests.cases import PRUNING, TINY_ADAPTED, tiny_config
 from parity_tests.harness import BACKENDS, DEVICE, error, parameters
 from parity_tests.harness import Batch as LossBatch
 from parity_tests.record import check, report
+from parity_tests.training_runs import (
+    ADAPTED,
+    PRUNED,
+    RUNS,
+    SIZE,
+    THE_RUN,
+    Course,
+    Trained,
+    Votes,
+    computed_in,
+    course,
+    draw_batch,
+    flips,
+    until_flip,
+    varied,
+)
 from pruner_spec import augmentation, optimization, randomness
 from pruner_spec import pruner as spec_pruner
-from pruner_spec.config import CAMERAS, Pi0Config
+from pruner_spec.config import CAMERAS
 from pruner_spec.observation import Observation
-from pruner_spec.optimization import AdamW, CosineDecaySchedule, Moments
+from pruner_spec.optimization import CosineDecaySchedule, Moments
 from pruner_spec.parameters import parameter_table
 from pruner_spec.randomness import Stream
-from pruner_spec.training import (
-    Batch,
-    TrainingSettings,
-    TrainState,
-    lora_freeze,
-    master_dtype,
-    pruner_noise_shape,
-)
+from pruner_spec.training import Batch, TrainState, master_dtype, pruner_noise_shape
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 both = pytest.mark.skipif(len(BACKENDS) < 2, reason="compares the backends")
-
-SIZE = 4  # of a batch
-PLACES = np.array([5, 0, 3, 1])  # of its samples in the global batch
-SETTINGS = TrainingSettings(
-    seed=7,
-    num_train_steps=60,
-    schedule=CosineDecaySchedule(warmup_steps=5, peak_lr=1e-3, decay_steps=60, decay_lr=1e-4),
-)
-PRUNED = tiny_config(vision_variant="tiny/56", **PRUNING["implicit"])
-ADAPTED = tiny_config(
-    vision_variant="tiny/56", pi05=False, **PRUNING["implicit, joint"], **TINY_ADAPTED
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A model, the settings it is trained with, and how many steps are made."""
-
-    config: Pi0Config
-    settings: TrainingSettings
-    steps: int
-
-
-def varied(run: Run, steps: int, **changes: object) -> Run:
-    """The run with other settings."""
-    return Run(run.config, dataclasses.replace(run.settings, **changes), steps)
-
-
-def computed_in(run: Run, dtype: str, **changes: object) -> Run:
-    """The run in another dtype."""
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, dtype=dtype, **changes))
-
-
-THE_RUN = Run(PRUNED, SETTINGS, steps=50)
-RUNS = {
-    "pruned": THE_RUN,
-    # Adapters alone are trained in both experts; gradients are too small to be clipped.
-    "adapted": varied(
-        Run(ADAPTED, SETTINGS, 10),
-        steps=10,
-        freeze=lora_freeze(paligemma=True, action_expert=True),
-        optimizer=AdamW(clip_gradient_norm=1e3, weight_decay=0.1),
-        ema_decay=None,
-        noise_schedule="constant",
-    ),
-    "accumulated": varied(THE_RUN, steps=10, accumulation=2),
-    "checkpointed": varied(THE_RUN, steps=10, gradient_checkpointing=True),
-    "float32": computed_in(THE_RUN, "float32", token_pruning_enabled=False),
-    "bfloat16": dataclasses.replace(computed_in(THE_RUN, "bfloat16"), steps=5),
-}
-
-
-class Trained:
-    """A backend's trainer: NumPy in, NumPy out."""
-
-    def __init__(self, backend, run, weights=None):
-        self.backend, self.dtype = backend, run.config.dtype
-        device = {"device": DEVICE} if backend.name == "torch" else {}
-        weights = parameters(run.config) if weights is None else weights
-        with backend.precision(self.dtype):
-            module = backend.module("training")
-            self.trainer = module.Trainer(run.config, run.settings, weights, **device)
-
-    def step(self, batch):
-        with self.backend.precision(self.dtype):
-            return {name: float(value) for name, value in self.trainer.step(batch).items()}
-
-    def evaluate(self, batch):
-        with self.backend.precision(self.dtype):
-            return {name: float(value) for name, value in self.trainer.evaluate(batch).items()}
-
-    def state(self):
-        with self.backend.precision(self.dtype):
-            return self.trainer.state()
-
-    def restore(self, state):
-        with self.backend.precision(self.dtype):
-            self.trainer.restore(state)
-
-
-def draw_batch(config, step):
-    """The batch of a step, of images in large fields of colour."""
-    generator = np.random.default_rng(step)
-    wide = master_dtype(config)
-    lengths = generator.integers(1, config.max_token_len, SIZE)
-    mask = np.arange(config.max_token_len) < lengths[:, None]
-    tokens = generator.integers(2, config.paligemma.vocab_size, mask.shape)
-    fields = generator.integers(0, 256, (len(CAMERAS), SIZE, 8, 8, 3), dtype=np.uint8)
-    images = fields.repeat(28, axis=2).repeat(28, axis=3)
-    present = np.array([[True] * SIZE, [True] * SIZE, [True, False, True, False]])
-    chunk = (SIZE, config.action_horizon, config.action_dim)
-    return Batch(
-        images=dict(zip(CAMERAS, images, strict=True)),
-        image_masks=dict(zip(CAMERAS, present, strict=True)),
-        state=generator.uniform(-1, 1, (SIZE, config.action_dim)).astype(wide),
-        tokenized_prompt=np.where(mask, tokens, 0).astype(np.int32),
-        tokenized_prompt_mask=mask,
-        actions=generator.standard_normal(chunk).astype(wide),
-        places=PLACES,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """What came of a run: every step's metrics, and the state after 10 steps and at last."""
-
-    metrics: list[dict[str, float]]
-    after_10: TrainState | None
-    final: TrainState
-
-    def losses(self) -> np.ndarray:
-        return np.array([each["loss"] for each in self.metrics])
-
-
-@functools.cache
-def course(backend_name, run_name):
-    """Trains a run in a backend, once for all tests."""
-    run = RUNS[run_name]
-    trained = Trained(BACKENDS[backend_name], run)
-    metrics, after_10 = [], None
-    for step in range(run.steps):
-        metrics.append(trained.step(draw_batch(run.config, step)))
-        if step == 9:
-            after_10 = trained.state()
-    return Course(metrics, after_10, trained.state())
-
 
 # Runs
 
@@ -198,6 +79,21 @@ def test_jax_compiles_a_step_once():
     assert step._cache_size() == before
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
+def test_compilation_changes_nothing():
+    run = varied(THE_RUN, steps=2, gradient_checkpointing="products")
+    trainer = (
+        BACKENDS["torch"]
+        .module("training")
+        .Trainer(run.config, run.settings, parameters(run.config), device=DEVICE, compiled=True)
+    )
+    for step, expected in enumerate(course("torch", "pruned").metrics[: run.steps]):
+        for metric, value in trainer.step(draw_batch(run.config, step)).items():
+            measured = error(float(value), expected[metric])
+            check("training metrics", "float64", "torch, compiled", measured, metric)
+
+
 @backends
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["accumulated", "checkpointed"])
@@ -224,13 +120,60 @@ def test_a_float32_run_is_the_same_in_both_backends():
 def test_bfloat16_trains_float32_weights(backend):
     found, wide = course(backend.name, "bfloat16"), course(backend.name, "pruned")
     assert np.isfinite(found.losses()).all()
-    apart = error(found.losses(), wide.losses()[:5])
+    apart = error(found.losses()[:5], wide.losses()[:5])
     report("training loss, 5 steps", "bfloat16", f"{backend.name} | float64", apart)
     assert 0 < apart < 0.1
     for field in ("parameters", "average", "first", "second"):
         assert {array.dtype.name for array in getattr(found.final, field).values()} == {"float32"}
     moved = found.final.parameters["gemma.language.layers.mlp.up.kernel"]
     assert (moved.astype("bfloat16") != moved).any()
+
+
+@both
+@pytest.mark.slow
+def test_float32_with_pruning_is_the_same_up_to_a_flip():
+    found, expected = (course(backend, "float32, pruned", votes=True) for backend in BACKENDS)
+    until = until_flip(flips(found, expected), len(found.votes))
+    assert until > 0, "with the same weights the same is selected"
+    pairs = zip(found.losses()[:until], expected.losses()[:until], strict=True)
+    for step, (ours, theirs) in enumerate(pairs):
+        who = f"{' | '.join(BACKENDS)}, pruned"
+        check("training loss", "float32", who, error(ours, theirs), f"step {step}")
+
+
+@backends
+@pytest.mark.slow
+def test_votes_are_those_of_the_steps(backend):
+    found = course(backend.name, "float32, pruned", votes=True)
+    for votes, metrics in zip(found.votes[:10], found.metrics, strict=False):
+        assert votes.kept().mean() == metrics["prune/noisy_kept_tokens_mean"]
+        assert votes.kept().max() == metrics["prune/noisy_kept_tokens_max"]
+
+
+def test_a_flip_is_found():
+    """Of the second valid patch, whose two best scores tie but for rounding."""
+    valid = np.array([[True, True, False], [True, True, True]])
+    scores = np.array([[[0.1, 2, 9], [1, 1 - 2**-20, 9], [9, 0, 0]], [[3, 1, 2]] * 3])
+    other = scores.copy()
+    other[0, 1] = [1 - 2**-19, 1, 9]
+    ours, theirs = (Course([], [Votes(each, valid)] * 2, None, None) for each in (scores, other))
+    assert ours.votes[0].choices().tolist() == [[1, 0, -1], [0, 0, 0]]
+    assert theirs.votes[0].choices().tolist() == [[1, 1, -1], [0, 0, 0]]
+    assert flips(ours, ours) == []
+    flip, _ = flips(ours, theirs)
+    assert (flip.step, flip.count, flip.of) == (0, 1, 5)
+    assert (flip.gap, flip.apart) == (2**-20, 2**-19)
+
+
+@both
+@pytest.mark.slow
+def test_bfloat16s_curves_are_nearer_than_two_seeds():
+    jax, torch = (course(backend, "bfloat16").losses() for backend in ("jax", "torch"))
+    other_seed = course("torch", "bfloat16, another seed").losses()
+    backends_apart, seeds_apart = np.abs(jax - torch), np.abs(torch - other_seed)
+    assert 0 < backends_apart.mean() < seeds_apart.mean()
+    assert backends_apart.max() < seeds_apart.max()
+    assert abs(jax.mean() - torch.mean()) < abs(torch.mean() - other_seed.mean())
 
 
 @backends

@@ -17,13 +17,19 @@ JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 # The drop-in for users of openpi's PyTorch model, of which there is only one.
 FILES_OF_TORCH_ALONE = {"openpi.py"}
 # A framework's own; one twin may have them where the other has not.
-FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key"}
-FRAMEWORK_NAMES = {"pi0.py: Pi0.device", "objective.py: to_device"}
+# JAX compiles a whole step; PyTorch compiles layers, if it is asked to.
+FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled"}
+FRAMEWORK_NAMES = {
+    "pi0.py: Pi0.device",
+    "objective.py: to_device",
+    "recomputation.py: _PRODUCTS",
+    "recomputation.py: optimized",
+}
 # A list of layers in PyTorch, one stacked layer in JAX; a step that JAX may have traced.
 OTHER_ANNOTATIONS = {"layers.py: stack", "objective.py: draw", "randomness.py: stream_key"}
 
 # How a model is spread over devices is each framework's own: of this file only these are compared.
-COMMON_NAMES = {"sharding.py": {"AXES", "make_mesh"}}
+COMMON_NAMES = {"sharding.py": {"AXES", "make_mesh", "largest"}}
 
 ONE_SPELLING = {
     "DeviceMesh": "Mesh",

@@ -17,6 +17,8 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "loss": {"float64": 1e-10, "float32": 1e-5},
     "parameter gradient": {"float64": 1e-9, "float32": 1e-4},
     "sampled actions": {"float64": 1e-9, "float32": 5e-5},
+    # A policy from checkpoint to the robot's units: JAX against PyTorch.
+    "policy actions": {"float32": 1e-4},
     # One backend against itself: padding, batching and buckets only change the order of sums.
     "same computation": {"float64": 1e-12, "float32": 1e-5},
     # A model with adapters against the one with its kernels merged, and against openpi's einsums in

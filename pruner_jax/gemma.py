@@ -19,8 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax.layers import Linear, attend, constant, gelu, stack, wide
 from pruner_jax.lora import Adapter
+from pruner_jax.recomputation import layer_function
 from pruner_spec.config import GemmaVariant, Pi0Config
 from pruner_spec.sequence import rope_timescales
+from pruner_spec.training import GradientCheckpointing
 
 RMS_EPSILON = 1e-6
 
@@ -188,7 +190,7 @@ class Gemma(nnx.Module):
         condition: Float[Array, "B E"] | None,
         mask: Bool[Array, "B S+H S+H"],
         positions: Int[Array, "B S+H"],
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = "none",
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B H E"]]:
         """Both experts over the whole sequence, as in training."""
         angles = rotary(positions, self.head_dim, prefix.dtype)
@@ -199,7 +201,7 @@ class Gemma(nnx.Module):
             return x, None
 
         graphs, stacked = _split(experts)
-        scanned = jax.checkpoint(layer) if gradient_checkpointing else layer
+        scanned = layer_function(layer, gradient_checkpointing)
         x, _ = jax.lax.scan(scanned, (prefix, suffix), stacked)
         return (
             self.language.final_norm(x[0], None)[0],

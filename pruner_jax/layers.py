@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from pruner_jax.lora import Adapter
 from pruner_spec.sequence import MASKED_LOGIT
@@ -88,6 +88,8 @@ def attend(
     Logits and softmax are in `wide` precision. A row with nothing to attend to averages all
     values, as in openpi.
     """
+    if _has_flash_attention(query):
+        return _flash_attend(query, key, value, mask)
     batch, length, heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)
     logits = jnp.einsum("bsgkh,btgh->bgkst", grouped, key, preferred_element_type=wide(query.dtype))
@@ -96,3 +98,39 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bgkst,btgh->bsgkh", weights, value)
     return attended.reshape(batch, length, heads * head_dim)
+
+
+def _has_flash_attention(query: Float[Array, "B S K H"]) -> bool:
+    """Whether cuDNN has a kernel for these: on NVIDIA's GPUs, in half precision."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    if "cuda" not in device.client.platform_version:
+        return False
+    generation = float(device.compute_capability)
+    largest = 256 if generation >= 9 else 128  # Hopper's, Ampere's
+    return generation >= 8 and query.shape[-1] <= largest and query.shape[-1] % 8 == 0
+
+
+def _flash_attend(
+    query: Float[Array, "B S K H"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    mask: Bool[Array, "B S T"] | None,
+) -> Float[Array, "B S K*H"]:
+    """`attend` with cuDNN, which has no logits in memory."""
+    length, bias = query.shape[1], None
+    if mask is not None:
+        # With a bias its backward pass wants even lengths; nobody attends to what is added.
+        query, key, value = (_even(x, (1,)) for x in (query, key, value))
+        # A finite number as large as this absorbs any logit, and leaves no row without a softmax.
+        bias = jnp.where(_even(mask, (1, 2)), 0, MASKED_LOGIT).astype(query.dtype)[:, None]
+    attended = jax.nn.dot_product_attention(
+        query, key, value, bias=bias, scale=1.0, implementation="cudnn"
+    )
+    return attended[:, :length].reshape(len(query), length, -1)
+
+
+def _even(x: Shaped[Array, "*shape"], axes: tuple[int, ...]) -> Shaped[Array, "*shape"]:
+    """With zeros at the end of those axes whose length is odd."""
+    return jnp.pad(x, [(0, x.shape[axis] % 2 * (axis in axes)) for axis in range(x.ndim)])

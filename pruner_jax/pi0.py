@@ -29,6 +29,7 @@ from pruner_spec.flow import time_frequencies
 from pruner_spec.observation import Observation, check_actions
 from pruner_spec.parameters import initial_parameters
 from pruner_spec.stats import PrunerRecord
+from pruner_spec.training import GradientCheckpointing
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Pi0(nnx.Module):
             )
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: GradientCheckpointing = "none"
         self.pruner = ImageTokenPruner(config.keep_budget, config.token_prune_min_keep)
         self.record = PrunerRecord()
         width, action_dim = config.action_expert.width, config.action_dim

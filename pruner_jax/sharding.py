@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from pruner_spec.training import Batch
 
@@ -65,6 +65,16 @@ def share(batch: Batch, mesh: Mesh | None) -> Batch:
     return jax.tree.map(
         lambda each: jax.make_array_from_process_local_data(by_sample, np.asarray(each)), batch
     )
+
+
+def largest(number: int, mesh: Mesh) -> Int[Array, ""]:
+    """The largest of the numbers that the processes give, all of which must; not waited for."""
+    by_device = NamedSharding(mesh, PartitionSpec(AXES))
+    given = np.full(mesh.local_mesh.size, number, np.int32)
+    return _largest(jax.make_array_from_process_local_data(by_device, given))
+
+
+_largest = jax.jit(jnp.max)
 
 
 def whole(array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -10,7 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pruner_jax.layers import LayerNorm, Linear, attend, gelu, stack, wide
+from pruner_jax.recomputation import layer_function
 from pruner_spec.config import VisionVariant
+from pruner_spec.training import GradientCheckpointing
 
 
 class Attention(nnx.Module):
@@ -73,14 +75,14 @@ class SigLip(nnx.Module):
         self,
         images: Float[Array, "B height width 3"],
         dtype: jnp.dtype,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = "none",
     ) -> Float[Array, "B N D"]:
         """Patch tokens, row by row of the image.
 
         Args:
             images: in [-1, 1].
             dtype: of the blocks. Patches and positions are embedded in `wide` precision.
-            gradient_checkpointing: blocks are recomputed in the backward pass.
+            gradient_checkpointing: what blocks compute again in the backward pass.
         """
         x = self.patch_embedding(patchify(images.astype(wide(dtype)), self.patch_size))
         x = (x + self.position_embedding[...].astype(x.dtype)).astype(dtype)
@@ -89,7 +91,7 @@ class SigLip(nnx.Module):
         def block(x: Float[Array, "B N D"], weights: nnx.State) -> tuple[Array, None]:
             return nnx.merge(graph, weights)(x), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(block) if gradient_checkpointing else block, x, stacked)
+        x, _ = jax.lax.scan(layer_function(block, gradient_checkpointing), x, stacked)
         return self.head(self.final_norm(x))
 
 

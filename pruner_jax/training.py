@@ -28,7 +28,7 @@ from pruner_jax.objective import draw, objective
 from pruner_jax.pi0 import Pi0
 from pruner_spec.config import Pi0Config
 from pruner_spec.optimization import AdamW
-from pruner_spec.parameters import initial_parameters, parameter_table
+from pruner_spec.parameters import completed, initial_parameters, parameter_table
 from pruner_spec.stats import PrunerRecord
 from pruner_spec.training import (
     Batch,
@@ -99,8 +99,8 @@ class Trainer:
             trained=trained,
             frozen=parameters,
             average=None if settings.ema_decay is None else jax.tree.map(jnp.copy, trained),
-            first=self._zeros(trained),
-            second=self._zeros(trained),
+            first=jax.tree.map(jnp.zeros_like, trained),
+            second=jax.tree.map(jnp.zeros_like, trained),
         )
 
     @property
@@ -133,16 +133,23 @@ class Trainer:
         batch = self._shared(batch)
         return _evaluate(self.config, self.settings, self._state, batch, self._now())
 
-    def state(self) -> TrainState:
-        """All that is needed to go on, in this backend or the other; a copy."""
+    def state(self, *, everywhere: bool = True) -> TrainState | None:
+        """All that is needed to go on, in this backend or the other; a copy.
+
+        Args:
+            everywhere: in all processes, which all must ask for it; or else in the first alone,
+                and None in the others.
+        """
+        keeps = everywhere or self._mesh is None or jax.process_index() == 0
         state, average = self._state, self._state.average
-        return TrainState(
+        given = TrainState(
             step=self._step,
-            parameters=self._stacked(state.frozen | state.trained),
-            average=None if average is None else self._stacked(state.frozen | average),
-            first=self._stacked(state.first),
-            second=self._stacked(state.second),
+            parameters=self._stacked(state.frozen | state.trained, keeps),
+            average=None if average is None else self._stacked(state.frozen | average, keeps),
+            first=self._stacked(state.first, keeps),
+            second=self._stacked(state.second, keeps),
         )
+        return given if keeps else None
 
     def restore(self, state: TrainState) -> None:
         """Goes on from a state, of this backend or the other.
@@ -182,16 +189,20 @@ class Trainer:
         dtype = master_dtype(self.config)
         return {name: sharding.place(np.asarray(array, dtype), self._mesh) for name, array in named}
 
-    def _zeros(self, like: _Arrays) -> _Arrays:
-        return self._arrays((name, np.zeros(array.shape)) for name, array in like.items())
+    def _stacked(self, arrays: _Arrays, keeps: bool) -> dict[str, np.ndarray]:
+        """Arrays of NumPy, in the order of the model's parameters.
 
-    def _stacked(self, arrays: _Arrays) -> dict[str, np.ndarray]:
-        """Arrays of NumPy, in the order of the model's parameters."""
-        return {
-            name: checkpoint.stacked({name: sharding.whole(arrays[name])}, parameter)
-            for name, parameter in parameter_table(self.config).items()
-            if name in arrays
-        }
+        Args:
+            arrays: by our names.
+            keeps: whether this process wants them; one that does not only gives its parts.
+        """
+        found = {}
+        for name, parameter in parameter_table(self.config).items():
+            if name in arrays:
+                array = sharding.whole(arrays[name])
+                if keeps:
+                    found[name] = checkpoint.stacked({name: array}, parameter)
+        return found
 
 
 def _named(
@@ -200,7 +211,10 @@ def _named(
     """The parameters that a run begins with."""
     if weights is None:
         return initial_parameters(config, settings.seed)
-    return checkpoint.read(weights, config)
+    given = checkpoint.read(
+        weights, config, missing=settings.weight_missing, ignored=settings.weight_ignored
+    )
+    return completed(given, config, settings.seed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

@@ -7,7 +7,7 @@ array is touched, and one error lists all that is wrong. Arrays are read and giv
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # teaches NumPy the name "bfloat16"
@@ -113,13 +113,24 @@ def detect(names: Iterable[str]) -> Layout:
     return LAYOUTS[counts.index(max(counts))]
 
 
-def to_named(source: Mapping[Any, Any], config: Pi0Config) -> Iterator[tuple[str, np.ndarray]]:
+def to_named(
+    source: Mapping[Any, Any],
+    config: Pi0Config,
+    *,
+    missing: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters from weights in any layout.
+
+    A tensor that holds two of our parameters matches a pattern where both do.
 
     Args:
         source: a tree (nested or flat, see `flatten`) of arrays, or of anything that has a shape
             and that NumPy can read as an array.
         config: the model the weights are for.
+        missing: regular expressions; a parameter in whose name (ours) one is found is given only if
+            the source has it.
+        ignored: the same; such a parameter is not given, whatever the source has of it.
 
     Returns:
         Pairs of name and array [layers, ...], each read when it is asked for. Arrays have the
@@ -131,7 +142,34 @@ def to_named(source: Mapping[Any, Any], config: Pi0Config) -> Iterator[tuple[str
     """
     flat = flatten(source)
     layout = detect(flat)
+    flat = _without_ignored(flat, layout, ignored)
+    layout = _without_absent(layout, flat, [*missing, *ignored])
     return _read(_resolve(flat, layout, config), layout, config)
+
+
+def _without_ignored(
+    flat: Mapping[str, Any], layout: Layout, patterns: Sequence[str]
+) -> dict[str, Any]:
+    """The tensors but those of rows that match."""
+    ignored = {row.theirs for row in layout.rows if _matches(row, patterns)}
+    return {k: v for k, v in flat.items() if not _rows_named([k], layout) & ignored}
+
+
+def _without_absent(layout: Layout, names: Iterable[str], patterns: Sequence[str]) -> Layout:
+    """The layout but for rows that match and of which there is no tensor."""
+    there = _rows_named(names, layout)
+    rows = (row for row in layout.rows if row.theirs in there or not _matches(row, patterns))
+    return dataclasses.replace(layout, rows=tuple(rows))
+
+
+def _matches(row: Row, patterns: Sequence[str]) -> bool:
+    """Whether a pattern is found in the name of each of its parameters."""
+    return all(any(re.search(pattern, name) for pattern in patterns) for name in row.ours)
+
+
+def _rows_named(names: Iterable[str], layout: Layout) -> set[str]:
+    """The names of the rows that tensors belong to, if they do."""
+    return {layout.aliases.get(name, name) for name in _families(names, layout)}
 
 
 def from_named(

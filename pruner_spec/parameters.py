@@ -8,13 +8,16 @@ kernels are [in, out] in both.
 
 import dataclasses
 import hashlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
 from pruner_spec import lora
 from pruner_spec.config import GemmaVariant, Pi0Config
+
+logger = logging.getLogger(__name__)
 
 # Kept in float32 in a bfloat16 model, as openpi does: projections of actions, time and state, all
 # norms of Gemma with the adaptive norms' linear maps, the patch embedding, position embedding.
@@ -79,15 +82,40 @@ def parameter_dtype(name: str, dtype: str) -> str:
     return dtype
 
 
-def initial_parameters(config: Pi0Config, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+def initial_parameters(
+    config: Pi0Config, seed: int, *, without: Collection[str] = ()
+) -> Iterator[tuple[str, np.ndarray]]:
     """Weights to train from scratch: pairs of name and float32 array [layers, ...].
 
     Kernels are normal with variance 1/fan-in, biases 0, norms the identity; the adaptive norms
     start at 0, as in openpi, so that the action expert starts as the identity too. Both factors of
     an adapter are normal with deviation 0.01, as in openpi.
+
+    Args:
+        config: the model's.
+        seed: of the numbers; those of a parameter depend on it and the name alone.
+        without: names of parameters that are left out.
     """
     for parameter in parameter_table(config).values():
-        yield parameter.name, _draw(parameter, seed, _initial_scale(parameter.name))
+        if parameter.name not in without:
+            yield parameter.name, _draw(parameter, seed, _initial_scale(parameter.name))
+
+
+def completed(
+    named: Iterable[tuple[str, np.ndarray]], config: Pi0Config, seed: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Some of a model's parameters, and then the others as `initial_parameters` has them."""
+    given = set()
+    for name, array in named:
+        given.add(name)
+        yield name, array
+    if absent := [name for name in parameter_table(config) if name not in given]:
+        logger.info(
+            "%d parameters start at random, not from the checkpoint: %s",
+            len(absent),
+            ", ".join([*absent[:2], "..."] if len(absent) > 2 else absent),
+        )
+        yield from initial_parameters(config, seed, without=given)
 
 
 def random_parameters(config: Pi0Config, seed: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -120,12 +120,21 @@ def select_hard(
     """
     patch_mask = np.ones(scores.shape[:2], dtype=bool) if patch_mask is None else patch_mask
     ballot = vote(scores, patch_mask)
-    elected = np.sum(ballot.votes > 0, axis=-1)
+    return elect(ballot.votes, ballot.best, keep_tokens, min_keep)
+
+
+def elect(
+    votes: Int[np.ndarray, "B N"],
+    best: Float[np.ndarray, "B N"],
+    keep_tokens: int | None = None,
+    min_keep: int = 1,
+) -> Bool[np.ndarray, "B N"]:
+    """Which patches are kept, once the votes are counted; arguments as of `Ballot`."""
+    elected = np.sum(votes > 0, axis=-1)
     seats = np.maximum(elected, min_keep) if keep_tokens is None else keep_tokens
     # lexsort is stable and its last key is the first to count.
-    order = np.lexsort((-ballot.best, -ballot.votes), axis=-1)
-    rank = np.argsort(order, axis=-1)
-    return (rank < np.broadcast_to(seats, rank.shape[:1])[:, None]) & patch_mask
+    rank = np.argsort(np.lexsort((-best, -votes), axis=-1), axis=-1)
+    return (rank < np.broadcast_to(seats, rank.shape[:1])[:, None]) & (votes >= 0)
 
 
 def select_straight_through(

@@ -8,7 +8,7 @@ neither the backend nor the split over devices or accumulated parts shows in the
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,13 @@ from pruner_spec.optimization import AdamW, CosineDecaySchedule
 from pruner_spec.parameters import parameter_table
 
 NoiseSchedule = Literal["linear", "constant", "none"]
+
+GradientCheckpointing = Literal["none", "products", "full"]
+"""What is computed again in the backward pass, to save memory: nothing; all but the results of
+matrix products and of attention, which are most of the work; or every layer from its input."""
+
+# Names of adapters: a base model's weights lack them.
+ADAPTERS = r"\.lora\.[ab]$"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +38,11 @@ class TrainingSettings:
         schedule: of the learning rate.
         ema_decay: of the average of the parameters; None for no average.
         freeze: regular expressions; a parameter in whose name (ours) one is found is not trained.
+        weight_missing: the same for those that the initial weights may lack, and
+        weight_ignored: for those that are not taken from them: `initial_parameters` gives both.
         augment: whether images are augmented.
         accumulation: parts in which a batch is computed one after the other.
-        gradient_checkpointing: whether layers are computed again in the backward pass.
+        gradient_checkpointing: what is computed again in the backward pass.
         noise_schedule: of the pruner's noise.
     """
 
@@ -43,23 +52,25 @@ class TrainingSettings:
     schedule: CosineDecaySchedule = dataclasses.field(default_factory=CosineDecaySchedule)
     ema_decay: float | None = 0.99
     freeze: Sequence[str] = ()
+    weight_missing: tuple[str, ...] = (ADAPTERS,)
+    weight_ignored: tuple[str, ...] = ()
     augment: bool = True
     accumulation: int = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: GradientCheckpointing = "none"
     noise_schedule: NoiseSchedule = "linear"
 
     def __post_init__(self) -> None:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 <= ema_decay < 1, got {self.ema_decay}")
+        if self.gradient_checkpointing not in (known := get_args(GradientCheckpointing)):
+            raise ValueError(
+                f"gradient_checkpointing: expected one of {', '.join(known)}, got "
+                f"{self.gradient_checkpointing!r}"
+            )
         if self.accumulation < 1:
             raise ValueError(f"accumulation: expected at least 1, got {self.accumulation}")
-        for pattern in self.freeze:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"freeze: expected regular expressions, got {pattern!r}"
-                ) from error
+        for field in ("freeze", "weight_missing", "weight_ignored"):
+            _check_patterns(field, getattr(self, field))
 
     def is_trained(self, name: str) -> bool:
         """Whether a parameter, by our name, changes."""
@@ -70,6 +81,16 @@ class TrainingSettings:
         if self.noise_schedule == "linear":
             return pruner_noise_scale(step, self.num_train_steps)
         return 1.0 if self.noise_schedule == "constant" else 0.0
+
+
+def _check_patterns(field: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field}: expected regular expressions, got {pattern!r}: {error}"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +176,8 @@ def lora_freeze(paligemma: bool, action_expert: bool) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on, in NumPy, by our names, layers stacked.
+    """All that a run needs to go on, by our names, layers stacked: arrays of NumPy, or what it can
+    read as such.
 
     Any backend's trainer gives one and takes one: a run that was begun in JAX is finished in
     PyTorch.

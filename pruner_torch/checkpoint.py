@@ -1,7 +1,7 @@
 """Weights into a model and out of it; the layouts are `pruner_spec.layout`'s."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -48,15 +48,20 @@ def load(
 
 
 def read(
-    source: str | os.PathLike[str] | Mapping[str, Any], config: Pi0Config
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    config: Pi0Config,
+    *,
+    missing: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of a checkpoint by our names, each read when it is asked for.
 
-    Arguments and errors are those of `load`, the errors raised by the call.
+    Arguments and errors are those of `load`, the errors raised by the call; `missing` and
+    `ignored` are `layout.to_named`'s.
     """
     tree = open_checkpoint(source) if isinstance(source, str | os.PathLike) else source
     arrays = {name: _readable(leaf) for name, leaf in layout.flatten(tree).items()}
-    return layout.to_named(arrays, config)
+    return layout.to_named(arrays, config, missing=missing, ignored=ignored)
 
 
 def named_parameters(model: "Pi0") -> dict[str, np.ndarray]:

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pruner_spec.config import GemmaVariant, Pi0Config
 from pruner_spec.sequence import rope_timescales
+from pruner_spec.training import GradientCheckpointing
 from pruner_torch.layers import Linear, attend, constant, gelu, stack, wide
 from pruner_torch.lora import Adapter
+from pruner_torch.recomputation import layer_function
 
 RMS_EPSILON = 1e-6
 
@@ -188,17 +189,15 @@ class Gemma(nn.Module):
         condition: Float[Tensor, "B E"] | None,
         mask: Bool[Tensor, "B S+H S+H"],
         positions: Int[Tensor, "B S+H"],
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = "none",
+        compiled: bool = False,
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B H E"]]:
         """Both experts over the whole sequence, as in training."""
         angles = rotary(positions, self.head_dim, prefix.dtype)
+        layer = layer_function(joint_layer, gradient_checkpointing, compiled)
         x = (prefix, suffix)
         for layers in zip(self.language.layers, self.action.layers, strict=True):
-            arguments = (layers, x, condition, mask, angles)
-            if gradient_checkpointing:
-                x, _ = checkpoint(joint_layer, *arguments, use_reentrant=False)
-            else:
-                x, _ = joint_layer(*arguments)
+            x, _ = layer(layers, x, condition, mask, angles)
         return (
             self.language.final_norm(x[0], None)[0],
             self.action.final_norm(x[1], condition)[0],

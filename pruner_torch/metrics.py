@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pruner_torch.diagnostics import diagnose
 from pruner_torch.pruner import PrunedPatches
+from pruner_torch.recomputation import optimized
 
 if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, LossTerms, Pi0
@@ -62,7 +63,7 @@ def measure(model: "Pi0", terms: "LossTerms") -> Measures:
     if terms.pruned is None:
         return Measures(loss=loss, pruning=None)
     with torch.no_grad():
-        pruning = _pruning(model, terms.encoded, terms.pruned)
+        pruning = optimized(_pruning, model.compiled_training)(model, terms.encoded, terms.pruned)
     return Measures(loss=loss, pruning=pruning)
 
 

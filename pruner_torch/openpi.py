@@ -68,11 +68,11 @@ class PI0Pytorch(nn.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Layers are recomputed in the backward pass."""
-        self.pi0.gradient_checkpointing = True
+        self.pi0.gradient_checkpointing = "full"
 
     def gradient_checkpointing_disable(self) -> None:
         """Layers keep what the backward pass needs."""
-        self.pi0.gradient_checkpointing = False
+        self.pi0.gradient_checkpointing = "none"
 
     def sample_noise(
         self, shape: Sequence[int], device: torch.device | str

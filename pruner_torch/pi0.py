@@ -24,10 +24,12 @@ from pruner_spec.flow import time_frequencies
 from pruner_spec.observation import Observation, check_actions
 from pruner_spec.parameters import initial_parameters
 from pruner_spec.stats import PrunerRecord
+from pruner_spec.training import GradientCheckpointing
 from pruner_torch import checkpoint, sampling
 from pruner_torch.gemma import Gemma, KVCache
 from pruner_torch.layers import Linear, constant, wide
 from pruner_torch.pruner import ImageTokenPruner, PrunedPatches, Selection, pack
+from pruner_torch.recomputation import optimized
 from pruner_torch.siglip import SigLip
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,8 @@ class Pi0(nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         self.config = config
         self.dtype = getattr(torch, config.dtype)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: GradientCheckpointing = "none"
+        self.compiled_training = False
         self.pruner = ImageTokenPruner(config.keep_budget, config.token_prune_min_keep)
         self.record = PrunerRecord()
         width, action_dim = config.action_expert.width, config.action_dim
@@ -187,7 +190,9 @@ class Pi0(nn.Module):
         prompt_mask: Bool[Tensor, "B L"],
     ) -> Encoded:
         """Tokens of any number of cameras, all in one vision batch, and of a prompt."""
-        patches = self.vision(images.flatten(0, 1), self.dtype, self.gradient_checkpointing)
+        patches = self.vision(
+            images.flatten(0, 1), self.dtype, self.gradient_checkpointing, self.compiled_training
+        )
         return Encoded(
             patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
             camera_mask=camera_mask,
@@ -241,7 +246,8 @@ class Pi0(nn.Module):
         count, size = pools[0].shape[:2]
         if noise is not None:
             noise = noise.reshape(count, size, size)
-        pruned = self.pruner.relax(*pools, noise=noise)
+        relax = optimized(ImageTokenPruner.relax, self.compiled_training)
+        pruned = relax(self.pruner, *pools, noise=noise)
         batch = encoded.patches.shape[0]
         pool_start = torch.arange(count // batch, device=pruned.index.device) * size
         index = pruned.index.reshape(batch, -1, size) + pool_start[:, None]
@@ -412,6 +418,7 @@ class Pi0(nn.Module):
             mask,
             positions,
             self.gradient_checkpointing,
+            self.compiled_training,
         )
 
     def prefill(self, prefix: Prefix) -> KVCache:

@@ -10,7 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,6 +43,11 @@ def make_mesh(fsdp_devices: int = 1, *, device: torch.device | str | None = None
         raise ValueError(f"fsdp_devices: expected a divisor of {count} devices, got {fsdp_devices}")
     kind = torch.get_default_device() if device is None else torch.device(device)
     return init_device_mesh(kind.type, (count // fsdp_devices, fsdp_devices), mesh_dim_names=AXES)
+
+
+def is_split(mesh: DeviceMesh | None) -> bool:
+    """Whether weights are split over its devices, and not only repeated."""
+    return mesh is not None and mesh["fsdp"].size() > 1
 
 
 class Objective(nn.Module):
@@ -108,6 +113,13 @@ def fill(tensor: Shaped[Tensor, "*shape"], value: Shaped[Tensor, "*shape"]) -> N
         # No process sends anything: each has all of it, and takes its part.
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def largest(number: int, mesh: DeviceMesh) -> Int[Tensor, ""]:
+    """The largest of the numbers that the processes give, all of which must; not waited for."""
+    found = torch.tensor(number, device=mesh.device_type)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found
 
 
 def whole(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:

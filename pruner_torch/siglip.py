@@ -7,10 +7,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pruner_spec.config import VisionVariant
+from pruner_spec.training import GradientCheckpointing
 from pruner_torch.layers import LayerNorm, Linear, attend, gelu, stack, wide
+from pruner_torch.recomputation import layer_function
 
 
 class Attention(nn.Module):
@@ -75,20 +76,27 @@ class SigLip(nn.Module):
         self,
         images: Float[Tensor, "B height width 3"],
         dtype: torch.dtype,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = "none",
+        compiled: bool = False,
     ) -> Float[Tensor, "B N D"]:
         """Patch tokens, row by row of the image.
 
         Args:
             images: in [-1, 1].
             dtype: of the blocks. Patches and positions are embedded in `wide` precision.
-            gradient_checkpointing: blocks are recomputed in the backward pass.
+            gradient_checkpointing: what blocks compute again in the backward pass.
+            compiled: whether blocks are.
         """
         x = self.patch_embedding(patchify(images.to(wide(dtype)), self.patch_size))
         x = (x + self.position_embedding.to(x.dtype)).to(dtype)
+        apply = layer_function(_apply, gradient_checkpointing, compiled)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if gradient_checkpointing else block(x)
+            x = apply(block, x)
         return self.head(self.final_norm(x))
+
+
+def _apply(block: Block, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    return block(x)
 
 
 def patchify(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pruner_spec.config import CAMERAS, Pi0Config
-from pruner_spec.parameters import initial_parameters, parameter_table
+from pruner_spec.parameters import completed, initial_parameters, parameter_table
 from pruner_spec.stats import PrunerRecord
 from pruner_spec.training import (
     Batch,
@@ -46,6 +46,8 @@ class Trainer:
             `initial_parameters` by the settings' seed.
         mesh: of `sharding.make_mesh`, to train over several processes.
         device: where everything is; None for PyTorch's default.
+        compiled: whether layers are compiled, which takes half a minute and rounds otherwise; None
+            for where it pays, on a GPU. Layers that are split over devices are not.
 
     Raises:
         ValueError: nothing is to be trained; or as `checkpoint.load`.
@@ -59,6 +61,7 @@ class Trainer:
         *,
         mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
+        compiled: bool | None = None,
     ) -> None:
         self.config = config
         self.settings = settings
@@ -68,11 +71,13 @@ class Trainer:
         self._step = 0
         self._mesh = mesh
         self._model = _empty(config, settings, self._names, mesh).to_empty(device=self._device)
+        compiled = self._device.type == "cuda" if compiled is None else compiled
+        self._model.compiled_training = compiled and not sharding.is_split(mesh)
         parameters = dict(self._model.named_parameters())
         self._assign(parameters, _named(config, settings, weights))
         self._trained = {name: p for name, p in parameters.items() if p.requires_grad}
         self._objective = sharding.Objective(self._model)
-        if mesh is not None and mesh["fsdp"].size() == 1:
+        if mesh is not None and not sharding.is_split(mesh):
             self._objective = sharding.repeated(self._model, mesh)
         self._average = None
         if settings.ema_decay is not None:
@@ -109,16 +114,23 @@ class Trainer:
         check_divisible(batch, self.settings.accumulation)
         return self._summarized([self._measures(part) for part in self._parts(batch)])
 
-    def state(self) -> TrainState:
-        """All that is needed to go on, in this backend or the other; a copy."""
+    def state(self, *, everywhere: bool = True) -> TrainState | None:
+        """All that is needed to go on, in this backend or the other; a copy.
+
+        Args:
+            everywhere: in all processes, which all must ask for it; or else in the first alone,
+                and None in the others.
+        """
+        keeps = everywhere or self._mesh is None or self._mesh.get_rank() == 0
         parameters, average = dict(self._model.named_parameters()), self._average
-        return TrainState(
+        state = TrainState(
             step=self._step,
-            parameters=self._stacked(parameters),
-            average=None if average is None else self._stacked(parameters | average),
-            first=self._stacked(self._moments("exp_avg")),
-            second=self._stacked(self._moments("exp_avg_sq")),
+            parameters=self._stacked(parameters, keeps),
+            average=None if average is None else self._stacked(parameters | average, keeps),
+            first=self._stacked(self._moments("exp_avg"), keeps),
+            second=self._stacked(self._moments("exp_avg_sq"), keeps),
         )
+        return state if keeps else None
 
     def restore(self, state: TrainState) -> None:
         """Goes on from a state, of this backend or the other.
@@ -194,13 +206,19 @@ class Trainer:
             for name in tensors.keys() & layers.keys():
                 sharding.fill(tensors[name], layers[name])
 
-    def _stacked(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Arrays of NumPy by our names, in the order of the model's parameters."""
+    def _stacked(self, tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, np.ndarray]:
+        """Arrays of NumPy by our names, in the order of the model's parameters.
+
+        Args:
+            tensors: by the model's names.
+            keeps: whether this process wants them; one that does not only gives its parts.
+        """
         found = {}
         for name, parameter in parameter_table(self.config).items():
             if parameter.torch_names[0] in tensors:
                 layers = {each: sharding.whole(tensors[each]) for each in parameter.torch_names}
-                found[name] = checkpoint.stacked(layers, parameter)
+                if keeps:
+                    found[name] = checkpoint.stacked(layers, parameter)
         return found
 
 
@@ -217,7 +235,7 @@ def _empty(
     names = {name for family in trained for name in table[family].torch_names}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    if mesh is not None and mesh["fsdp"].size() > 1:
+    if mesh is not None and sharding.is_split(mesh):
         sharding.split(model, mesh)
     return model
 
@@ -228,7 +246,10 @@ def _named(
     """The parameters that a run begins with."""
     if weights is None:
         return initial_parameters(config, settings.seed)
-    return checkpoint.read(weights, config)
+    given = checkpoint.read(
+        weights, config, missing=settings.weight_missing, ignored=settings.weight_ignored
+    )
+    return completed(given, config, settings.seed)
 
 
 def _adamw(parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> torch.optim.AdamW:

@@ -20,6 +20,14 @@ STATS = {
     for name in ("state", "actions")
 }
 
+# Options of Orbax, by what they make.
+FORMATS = {
+    "OCDBT": {"use_ocdbt": True},
+    "OCDBT, zarr 3": {"use_ocdbt": True, "use_zarr3": True},
+    "folders": {"use_ocdbt": False},
+    "folders, zarr 3": {"use_ocdbt": False, "use_zarr3": True},
+}
+
 
 def save_orbax(folder, tree, **options):
     """A nested tree as Orbax saves it; returns the folder."""

@@ -16,6 +16,7 @@ from convert import jax_to_pytorch, pytorch_to_jax
 from convert.safetensors_file import open_safetensors
 from parity_tests.cases import TINY_ADAPTED, tiny_config
 from parity_tests.convert.checkpoints import (
+    FORMATS,
     STATS,
     jax_tensors,
     save_jax,
@@ -38,13 +39,6 @@ CONFIGS = {
 PI05, ADAPTED = CONFIGS["π0.5"], CONFIGS["π0.5, adapters"]
 PLAIN = {name: config for name, config in CONFIGS.items() if not config.has_lora}
 UNUSED = OPENPI_TORCH.unused[0]
-FORMATS = {
-    "OCDBT": {"use_ocdbt": True},
-    "OCDBT, zarr 3": {"use_ocdbt": True, "use_zarr3": True},
-    "folders": {"use_ocdbt": False},
-    "folders, zarr 3": {"use_ocdbt": False, "use_zarr3": True},
-}
-
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 plain = pytest.mark.parametrize("config", PLAIN.values(), ids=PLAIN)
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.reading import LazyArray, open_checkpoint
+from parity_tests.convert.checkpoints import FORMATS, nested, save_orbax
 from parity_tests.harness import BACKENDS
 
 orbax_is_installed = pytest.mark.skipif("jax" not in BACKENDS, reason="Orbax needs JAX")
@@ -21,12 +22,6 @@ ARRAYS = {
     "PaliGemma/img/bias": np.arange(5).astype(ml_dtypes.bfloat16),
     "action_in_proj/kernel": np.zeros((3, 2), dtype=np.float32),
 }
-FORMATS = {
-    "OCDBT": {"use_ocdbt": True},
-    "OCDBT, zarr 3": {"use_ocdbt": True, "use_zarr3": True},
-    "folders": {"use_ocdbt": False},
-    "folders, zarr 3": {"use_ocdbt": False, "use_zarr3": True},
-}
 formats = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
 
 
@@ -34,22 +29,7 @@ def tree_of(arrays, suffix=""):
     """The nested tree that openpi saves, under "params"."""
     import jax.numpy as jnp
 
-    tree = {}
-    for name, array in arrays.items():
-        *parents, last = f"params/{name}{suffix}".split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.array(array)
-    return tree
-
-
-def save_orbax(folder, tree, **options):
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
-        checkpointer.save(folder, tree)
-    return folder
+    return nested({f"params/{name}{suffix}": jnp.array(array) for name, array in arrays.items()})
 
 
 def save_shards(folder):

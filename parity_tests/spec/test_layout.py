@@ -10,6 +10,7 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.cases import TINY_ADAPTED, tiny_config
+from parity_tests.convert.checkpoints import nested
 from parity_tests.spec.openpi_converter import openpi_convert
 from pruner_spec import layout
 from pruner_spec.config import Pi0Config
@@ -189,17 +190,6 @@ def test_rows_take_one_layer_at_a_time(config):
                 np.testing.assert_array_equal(stacked[1], layer)
             np.testing.assert_array_equal(one.merge(parts[1], config), whole[1])
             assert one.shape(config) == whole.shape[1:]
-
-
-def nested(flat):
-    tree = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 WRAPPED = {
