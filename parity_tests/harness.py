@@ -273,6 +273,17 @@ class Batch:
         )
 
 
+def forced_devices(count: int) -> dict[str, str]:
+    """The environment of a process in which JAX sees so many CPU devices.
+
+    Their collectives block a thread each of one pool, which is as large as the larger of devices
+    and cores unless NPROC says otherwise. With a thread a device, two collectives of a step that do
+    not wait for each other have been seen to take all threads, and neither to end.
+    """
+    flags = f"--xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags, "NPROC": str(8 * count), "JAX_PLATFORMS": "cpu"}
+
+
 def draw_batch(
     config: Pi0Config,
     lengths: tuple[int, ...] = (9, 20),

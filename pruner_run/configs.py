@@ -13,7 +13,13 @@ from pruner_run.data.config import DataConfig
 from pruner_spec.config import GemmaVariant, Pi0Config, VisionVariant
 from pruner_spec.openpi_configs import OPENPI_CONFIGS
 from pruner_spec.optimization import AdamW, CosineDecaySchedule
-from pruner_spec.training import NoiseSchedule, TrainingSettings, lora_freeze
+from pruner_spec.training import (
+    ADAPTERS,
+    GradientCheckpointing,
+    NoiseSchedule,
+    TrainingSettings,
+    lora_freeze,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,9 @@ class TrainConfig:
         weight_path: a checkpoint to start from, openpi's JAX one, a PyTorch folder or one of ours;
             random weights if not given.
         pytorch_weight_path: the same, for the backend torch alone, as openpi has it.
+        weight_missing: regular expressions over our names; such parameters start at random where
+            the checkpoint has none. Adapters, so that LoRA starts from a base model.
+        weight_ignored: the same; such parameters start at random whatever the checkpoint has.
         tokenizer_path: PaliGemma's SentencePiece model.
         seed: of everything random.
         batch_size: samples a step, on all devices together.
@@ -40,7 +49,9 @@ class TrainConfig:
             expert with adapters trains them alone whatever is here.
         augment: augments images as openpi does.
         accumulation: parts of a batch that are computed one after the other.
-        gradient_checkpointing: computes layers again in the backward pass, to save memory.
+        gradient_checkpointing: what is computed again in the backward pass, to save memory: none,
+            all but the results of products and attention, or full layers.
+        pytorch_compile: compiles layers in the backend torch; on a GPU, if not given.
         token_prune_noise_schedule: of the noise on the pruner's scores: linear from 1 to 0.
         num_workers: that prepare batches.
         log_interval: steps between lines on the screen.
@@ -52,6 +63,7 @@ class TrainConfig:
         tensorboard_enabled: writes TensorBoard's files beside metrics.jsonl.
         wandb_enabled: sends metrics to Weights & Biases.
         project_name: Weights & Biases' project.
+        policy_metadata: what a policy server tells its clients, such as ALOHA's pose to start from.
         resume: goes on with the run's last checkpoint.
         overwrite: deletes what the run has, and starts again.
     """
@@ -63,6 +75,8 @@ class TrainConfig:
     data: tyro.conf.FlagConversionOff[DataConfig] = dataclasses.field(default_factory=DataConfig)
     weight_path: str | None = None
     pytorch_weight_path: str | None = None
+    weight_missing: tuple[str, ...] = (ADAPTERS,)
+    weight_ignored: tuple[str, ...] = ()
     tokenizer_path: Path | None = None
     seed: int = 42
     batch_size: int = 32
@@ -73,7 +87,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     augment: tyro.conf.FlagConversionOff[bool] = True
     accumulation: int = 1
-    gradient_checkpointing: tyro.conf.FlagConversionOff[bool] = False
+    gradient_checkpointing: GradientCheckpointing = "none"
+    pytorch_compile: bool | None = None
     token_prune_noise_schedule: NoiseSchedule = "linear"
     num_workers: int = 2
     log_interval: int = 100
@@ -85,8 +100,21 @@ class TrainConfig:
     tensorboard_enabled: bool = False
     wandb_enabled: bool = False
     project_name: str = "pi05-pruner"
+    policy_metadata: tyro.conf.Suppress[Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "num_train_steps", "accumulation", "log_interval", "save_interval")
+        for field in (*counts, "keep_period"):
+            count = getattr(self, field)
+            if count is not None and count < 1:
+                raise ValueError(f"{field}: expected at least 1, got {count}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size: expected a multiple of accumulation={self.accumulation}, got "
+                f"{self.batch_size}"
+            )
 
     @property
     def run_dir(self) -> Path:
@@ -115,6 +143,8 @@ class TrainConfig:
             schedule=self.lr_schedule,
             ema_decay=self.ema_decay,
             freeze=(*self.freeze, *lora_freeze(*adapted)),
+            weight_missing=self.weight_missing,
+            weight_ignored=self.weight_ignored,
             augment=self.augment,
             accumulation=self.accumulation,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -178,6 +208,28 @@ _PICK_PLACE: dict[str, Any] = {
     "num_train_steps": 20_000,
 }
 
+# Small enough for two cores, with images of the full size.
+_TINY: dict[str, Any] = {
+    "model": Pi0Config(
+        dtype="float32",
+        paligemma_variant="tiny",
+        action_expert_variant="tiny_expert",
+        vision_variant="tiny/14",
+        action_horizon=10,
+        max_token_len=96,
+        pi05=True,
+        token_pruning_enabled=True,
+    ),
+    "tokenizer_path": DEMO_TOKENIZER,
+    "batch_size": 8,
+    "num_train_steps": 100,
+    "lr_schedule": CosineDecaySchedule(
+        warmup_steps=10, peak_lr=1e-3, decay_steps=100, decay_lr=1e-4
+    ),
+    "log_interval": 10,
+    "save_interval": 50,
+}
+
 
 def _pruned(model: Pi0Config) -> Pi0Config:
     return dataclasses.replace(model, token_pruning_enabled=True)
@@ -190,6 +242,12 @@ _CONFIGS = (
         name="pi05_aloha",
         model=OPENPI_CONFIGS["pi05_aloha"],
         data=DataConfig(robot="aloha", asset_id="trossen", repack=_ALOHA_KEYS),
+        policy_metadata={"reset_pose": [0, -1.5, 1.5, 0, 0, 0]},
+    ),
+    TrainConfig(
+        name="pi05_droid",
+        model=OPENPI_CONFIGS["pi05_droid"],
+        data=DataConfig(robot="droid", asset_id="droid", prompt_from_task=True),
     ),
     TrainConfig(name="pi05_libero", model=OPENPI_CONFIGS["pi05_libero"], batch_size=256, **_LIBERO),
     TrainConfig(
@@ -224,25 +282,21 @@ _CONFIGS = (
     TrainConfig(
         name="pi05_transfer_cube_tiny",
         exp_name="transfer_cube",
-        model=Pi0Config(
-            dtype="float32",
-            paligemma_variant="tiny",
-            action_expert_variant="tiny_expert",
-            vision_variant="tiny/14",
-            action_horizon=10,
-            max_token_len=96,
-            pi05=True,
-            token_pruning_enabled=True,
-        ),
         data=DataConfig(repo_id=str(DEMO_EPISODE), prompt_from_task=True),
-        tokenizer_path=DEMO_TOKENIZER,
-        batch_size=8,
-        num_train_steps=100,
-        lr_schedule=CosineDecaySchedule(
-            warmup_steps=10, peak_lr=1e-3, decay_steps=100, decay_lr=1e-4
+        **_TINY,
+    ),
+    TrainConfig(
+        name="pi05_metaworld_tiny",
+        data=DataConfig(
+            repack={
+                "image/base_0_rgb": "observation.images.base_0_rgb",
+                "image/left_wrist_0_rgb": "observation.images.left_wrist_0_rgb",
+                "state": "observation.state",
+                "actions": "action",
+            },
+            prompt_from_task=True,
         ),
-        log_interval=10,
-        save_interval=50,
+        **_TINY,
     ),
 )
 

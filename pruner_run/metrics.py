@@ -48,14 +48,10 @@ class JsonLines:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)
-        self._file = path.open("a")
+        self._file = path.open("a", buffering=1)  # a line at a time, so that none is cut off
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    def flush(self) -> None:
-        """Hands what was written to the operating system."""
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -76,43 +72,50 @@ def _lines_before(path: Path, start: int) -> list[str]:
 
 
 class TensorBoard:
-    """Event files for TensorBoard."""
+    """Event files for TensorBoard, one for each part of a run.
 
-    def __init__(self, folder: Path) -> None:
-        if importlib.util.find_spec("tensorboardX") is None:
-            raise ValueError(
-                "tensorboard_enabled: expected tensorboardX to be installed: "
-                "pip install tensorboardX"
-            )
+    Args:
+        folder: for them.
+        start: the first step to come; what earlier files say of it and later ones is void.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
-        self._writer = SummaryWriter(str(folder))
+        # Without the suffix, a file of the same second would be written over.
+        self._writer = SummaryWriter(str(folder), purge_step=start, filename_suffix=f".{start:09d}")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a millisecond, and nothing is lost with a run that is killed
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, which goes on where it was."""
+    """A run of Weights & Biases, which goes on where it was.
+
+    Steps that a resumed run makes again have the numbers they had: it does not take them twice.
+    """
 
     def __init__(self, config: TrainConfig, described: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ValueError("wandb_enabled: expected wandb to be installed: pip install wandb")
         import wandb  # pyright: ignore[reportMissingImports]
 
         path = config.run_dir / "wandb_id.txt"
         known = path.read_text().strip() if config.resume and path.exists() else None
-        self._run = wandb.init(
-            project=config.project_name,
-            name=config.exp_name,
-            id=known,
-            resume="must" if known else None,
-            config=dict(described),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project_name,
+                name=config.exp_name,
+                dir=str(config.run_dir),
+                id=known,
+                resume="allow" if known else None,
+                config=dict(described),
+            )
+        except wandb.Error as error:
+            raise ValueError(f"wandb_enabled: expected a run to begin, got: {error}") from error
         path.write_text(self._run.id)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -122,19 +125,28 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def check_installed(config: TrainConfig) -> None:
+    """Raises ValueError if a package is missing for what the config asks for."""
+    for option, package in (("tensorboard_enabled", "tensorboardX"), ("wandb_enabled", "wandb")):
+        if getattr(config, option) and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{option}: expected {package} to be installed: pip install 'pi05-pruner[logging]'"
+            )
+
+
 @contextlib.contextmanager
 def writers(
     config: TrainConfig, described: Mapping[str, Any], start: int
 ) -> Iterator[list[Writer]]:
-    """All that the config asks for, metrics.jsonl first.
+    """All that the config asks for, metrics.jsonl first; see `check_installed`.
 
     Raises:
-        ValueError: a package for one of them is not installed.
+        ValueError: Weights & Biases refuses the run.
     """
     found: list[Writer] = [JsonLines(config.run_dir / FILE, start)]
     try:
         if config.tensorboard_enabled:
-            found.append(TensorBoard(config.run_dir / "tensorboard"))
+            found.append(TensorBoard(config.run_dir / "tensorboard", start))
         if config.wandb_enabled:
             found.append(WeightsAndBiases(config, described))
         yield found

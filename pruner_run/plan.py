@@ -6,6 +6,8 @@ run needs some more of both; benchmarks/train_speed.py measures one.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import get_args
 
 import tyro
 from rich import box
@@ -16,9 +18,15 @@ from pruner_run import configs
 from pruner_run.configs import TrainConfig
 from pruner_spec.config import CAMERAS, GemmaVariant, Pi0Config
 from pruner_spec.parameters import parameter_table
+from pruner_spec.training import GradientCheckpointing
 
 _GIB = 2**30
 _MASTER = 4  # bytes of a float32
+_KEPT: Mapping[GradientCheckpointing, str] = {
+    "none": "activations, all kept",
+    "products": "activations, products kept",
+    "full": "activations, layers computed again",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +56,7 @@ class Plan:
 
     Attributes:
         parameters, gradients, moments, average: shares of what is split over `fsdp_devices`.
-        activations: kept for the backward pass, everything.
-        checkpointed: kept where layers are computed again, and the one layer that is.
+        activations: kept for the backward pass, by what is computed again.
         floor: the products of a step, once.
         recomputed: the same, where layers are computed again.
     """
@@ -58,8 +65,7 @@ class Plan:
     gradients: float
     moments: float
     average: float
-    activations: float
-    checkpointed: float
+    activations: Mapping[GradientCheckpointing, float]
     floor: float
     recomputed: float
 
@@ -97,15 +103,16 @@ def plan(config: TrainConfig, options: Options) -> Plan:
     samples = batch // options.devices / config.accumulation
     numbers, trained = _count(config)
     width = 2 if config.model.dtype == "bfloat16" else _MASTER
-    whole, least = _activations(config.model)
     work = 3 * forward_flops(config.model) * batch / options.devices / (options.teraflops * 1e12)
     return Plan(
         parameters=numbers * _MASTER / split,
         gradients=trained * _MASTER / split,
         moments=2 * trained * _MASTER / split,
         average=0 if config.ema_decay is None else trained * _MASTER / split,
-        activations=whole * samples * width,
-        checkpointed=least * samples * width,
+        activations={
+            policy: numbers * samples * width
+            for policy, numbers in _activations(config.model).items()
+        },
         floor=work,
         recomputed=work * 4 / 3,
     )
@@ -131,13 +138,12 @@ def forward_flops(model: Pi0Config) -> float:
 
 def verdict(found: Plan, memory: float) -> str:
     """What fits, in words."""
-    if found.state + found.activations <= memory:
-        return "Fits with all activations kept."
-    if found.state + found.checkpointed <= memory:
-        return "Fits with --gradient_checkpointing True, and not without."
-    parts = math.ceil(found.checkpointed / max(memory - found.state, 1))
+    for policy in get_args(GradientCheckpointing):  # from the fastest to the smallest
+        if found.state + found.activations[policy] <= memory:
+            return f"Fits with --gradient_checkpointing {policy}."
+    parts = math.ceil(found.activations["full"] / max(memory - found.state, 1))
     if found.state < memory:
-        return f"Does not fit; with --gradient_checkpointing True --accumulation {parts} it does."
+        return f"Does not fit; with --gradient_checkpointing full --accumulation {parts} it does."
     return "Does not fit: the state alone is larger. More --fsdp_devices, or adapters (LoRA)."
 
 
@@ -157,22 +163,36 @@ def _count(config: TrainConfig) -> tuple[int, int]:
     return sum(sizes.values()), trained
 
 
-def _activations(model: Pi0Config) -> tuple[float, float]:
-    """Numbers kept for a sample's backward pass: all of them, and with layers computed again."""
+def _activations(model: Pi0Config) -> dict[GradientCheckpointing, float]:
+    """Numbers kept for a sample's backward pass; with layers computed again, one of them at a
+    time is there in full."""
     patches = len(CAMERAS) * model.vision.num_patches
     prefix, suffix = patches + model.max_token_len, model.suffix_length
-    tower, whole, least, largest = model.vision, 0.0, 0.0, 0.0
-    towers = [(tower.depth, patches, tower.width, 8 * tower.width + 2 * tower.mlp_dim)]
+    tower, largest = model.vision, 0.0
+    found: dict[GradientCheckpointing, float] = {"none": 0.0, "products": 0.0, "full": 0.0}
+    # Depth, tokens, and a token's numbers in a layer: its input, its products' results, all.
+    layers = [
+        (
+            tower.depth,
+            patches,
+            tower.width,
+            6 * tower.width + tower.mlp_dim,
+            8 * tower.width + 2 * tower.mlp_dim,
+        )
+    ]
     for expert, tokens in ((model.paligemma, prefix), (model.action_expert, suffix)):
         heads = 2 * (expert.num_heads + expert.num_kv_heads) * expert.head_dim
-        towers.append(
-            (expert.depth, tokens, expert.width, 4 * expert.width + heads + 3 * expert.mlp_dim)
-        )
-    for depth, tokens, width, kept in towers:
-        whole += depth * tokens * kept
-        least += depth * tokens * width
-        largest = max(largest, tokens * kept)
-    return whole, least + largest
+        products = 2 * expert.width + heads + 2 * expert.mlp_dim
+        everything = 4 * expert.width + heads + 3 * expert.mlp_dim
+        layers.append((expert.depth, tokens, expert.width, products, everything))
+    for depth, tokens, width, products, everything in layers:
+        found["none"] += depth * tokens * everything
+        found["products"] += depth * tokens * (width + products)
+        found["full"] += depth * tokens * width
+        largest = max(largest, tokens * everything)
+    found["products"] += largest
+    found["full"] += largest
+    return found
 
 
 def _table(found: Plan, config: TrainConfig, options: Options) -> Table:
@@ -185,8 +205,7 @@ def _table(found: Plan, config: TrainConfig, options: Options) -> Table:
         ("gradients", found.gradients),
         ("Adam's moments", found.moments),
         ("average", found.average),
-        ("activations, all kept", found.activations),
-        ("activations, layers computed again", found.checkpointed),
+        *((_KEPT[policy], size) for policy, size in found.activations.items()),
     ):
         table.add_row(name, f"{size / _GIB:.1f} GiB")
     table.add_row("floor of a step", f"{found.floor:.3f} s")

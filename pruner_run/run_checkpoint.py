@@ -3,7 +3,8 @@
     params/ or model.safetensors   the weights as they are used, in openpi's layout, float32:
                                    their average where the run has one (JAX, PyTorch)
     train_state.safetensors        what else a run needs to go on, by our names: Adam's moments,
-                                   and the weights themselves where the average stands above
+                                   and the weights themselves where the average stands above; in
+                                   a float64 run the average too, which float32 does not hold
     config.json, assets/           as beside any checkpoint of openpi's
     run.json                       the step, the config, and how large each file is
 
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from convert import config_file, output, peft
+from convert import config_file, json_file, output, peft
 from convert.folders import JaxFolder, PytorchFolder
 from convert.lazy_array import LazyArray
 from convert.mapping import Side, convert_all
@@ -31,7 +32,7 @@ from convert.writing import closing
 from pruner_run.configs import TrainConfig
 from pruner_spec.config import Pi0Config
 from pruner_spec.layout import JAX, OPENPI_JAX, OPENPI_TORCH, to_named
-from pruner_spec.training import TrainState
+from pruner_spec.training import TrainState, master_dtype
 
 STATE_FILE, RUN_FILE = "train_state.safetensors", "run.json"
 
@@ -40,7 +41,8 @@ _MAY_CHANGE = {
     "backend", "resume", "overwrite", "weight_path", "pytorch_weight_path", "tokenizer_path",
     "num_workers", "log_interval", "save_interval", "keep_period", "checkpoint_base_dir",
     "assets_base_dir", "fsdp_devices", "tensorboard_enabled", "wandb_enabled", "project_name",
-    "gradient_checkpointing", "accumulation", "exp_name",
+    "gradient_checkpointing", "pytorch_compile", "accumulation", "exp_name", "weight_missing",
+    "weight_ignored", "policy_metadata",
 }  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -59,11 +61,11 @@ def save(config: TrainConfig, step: int, state: TrainState, stats: Mapping[str, 
         OSError: it cannot be written; the checkpoints before are still there.
     """
     path = config.run_dir / str(step)
-    moments = {"first": state.first, "second": state.second}
     used = state.parameters if state.average is None else state.average
-    kept = moments if state.average is None else moments | {"parameters": state.parameters}
     arrays = {
-        f"{part}/{name}": array for part, each in kept.items() for name, array in each.items()
+        f"{part}/{name}": array
+        for part in _parts_beside(config.model, state)
+        for name, array in getattr(state, part).items()
     }
     size = sum(array.nbytes for array in (*arrays.values(), *used.values()))
     output.check_space(path, size)
@@ -99,25 +101,39 @@ def newest(config: TrainConfig) -> Path | None:
 
 
 def load(path: Path, model: Pi0Config) -> TrainState:
-    """The state in a checkpoint.
+    """The state in a checkpoint, its arrays read as they are taken.
 
     Raises:
         ValueError: a file is damaged, or not of this model.
     """
-    state = open_safetensors(epath.Path(path / STATE_FILE))
-    parts: dict[str, dict[str, np.ndarray]] = {"first": {}, "second": {}, "parameters": {}}
-    for name, array in state.items():
+    parts: dict[str, dict[str, Any]] = {"first": {}, "second": {}}
+    for name, array in open_safetensors(epath.Path(path / STATE_FILE)).items():
         part, _, parameter = name.partition("/")
-        parts[part][parameter] = np.asarray(array)
-    used = dict(to_named(open_checkpoint(path), model))
-    has_average = bool(parts["parameters"])
+        parts.setdefault(part, {})[parameter] = array
+    if not _is_exact(model):
+        used = dict(to_named(open_checkpoint(path), model))
+        parts["average" if "parameters" in parts else "parameters"] = used
     return TrainState(
         step=json.loads((path / RUN_FILE).read_text())["step"] + 1,
-        parameters=parts["parameters"] if has_average else used,
-        average=used if has_average else None,
+        parameters=parts["parameters"],
+        average=parts.get("average"),
         first=parts["first"],
         second=parts["second"],
     )
+
+
+def recorded(path: epath.Path) -> dict[str, Any] | None:
+    """The config in a checkpoint's record, as `described` gave it; None where there is no record.
+
+    Raises:
+        ValueError: the record is broken.
+    """
+    if not (path / RUN_FILE).exists():
+        return None
+    record = json_file.read(path / RUN_FILE)
+    if not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path / RUN_FILE}: expected a run's config in it, got {sorted(record)}")
+    return record["config"]
 
 
 def steps(config: TrainConfig) -> list[int]:
@@ -152,6 +168,21 @@ def _differences(name: str, expected: Any, found: Any) -> list[str]:
     return [] if expected == found else [f"--{name}: expected {found!r}, got {expected!r}"]
 
 
+def _is_exact(model: Pi0Config) -> bool:
+    """Whether the state's file has the weights in full: float32, openpi's, would round them."""
+    return master_dtype(model) == "float64"
+
+
+def _parts_beside(model: Pi0Config, state: TrainState) -> list[str]:
+    """The fields of the state that stand in its own file."""
+    parts = ["first", "second"]
+    if state.average is not None or _is_exact(model):
+        parts.append("parameters")
+    if state.average is not None and _is_exact(model):
+        parts.append("average")
+    return parts
+
+
 def _write_weights(folder: Path, config: TrainConfig, named: Mapping[str, np.ndarray]) -> None:
     """In openpi's layout of the run's framework."""
     source = Side(JAX, config.model)
@@ -174,7 +205,7 @@ def _write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     file = SafetensorsFile(path, tensors, {"format": "np"})
     for name, array in arrays.items():
         file.write(name, 0, np.ascontiguousarray(array))
-    file.close(sync=True)
+    file.close()
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """`pruner train CONFIG`, also `python -m pruner_run.train CONFIG`, also under torchrun."""
 
+import contextlib
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from pruner_run import backend as backends
-from pruner_run import configs, run_checkpoint, training_loop
+from pruner_run import configs, metrics, run_checkpoint, training_loop
+from pruner_run.backend import Devices
 from pruner_run.configs import TrainConfig
+from pruner_run.data.hub import find_dataset
 from pruner_run.data.loader import TrainingData
 from pruner_run.data.norm_stats import checkpoint_assets, require_norm_stats
-from pruner_run.tokenizer import PromptTokenizer
+from pruner_run.tokenizer import load_tokenizer
 
 BAD_INPUT = 2
-
-# Where openpi's downloads are, below OPENPI_DATA_HOME.
-_TOKENIZER = "big_vision/paligemma_tokenizer.model"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m pruner_run.train") -> None:
@@ -45,17 +44,27 @@ def run(config: TrainConfig) -> None:
         ValueError: the config, the dataset or a checkpoint is not as it must be.
         OSError: a file is missing, or cannot be written.
     """
-    console = Console(highlight=False)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console)]
-    )
     backends.choose(config.backend)
-    _check_devices(config)
+    metrics.check_installed(config)
+    with contextlib.closing(backends.load(config.backend).devices(config.fsdp_devices)) as devices:
+        _run(config, devices)
+
+
+def _run(config: TrainConfig, devices: Devices) -> None:
+    is_first = devices.process == 0
+    console = Console(highlight=False, quiet=not is_first)
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(console=console)],
+    )
+    _check_batch(config, devices)
     settings = config.settings
+    if not config.data.fake:
+        find_dataset(config.data.repo_id)  # without it, statistics are of no use
     stats = require_norm_stats(config)
-    tokenizer = PromptTokenizer(tokenizer_path(config), max_len=config.model.max_token_len)
-    _check_vocabulary(config, tokenizer)
-    found = training_loop.prepare(config)
+    tokenizer = load_tokenizer(config.tokenizer_path, config.model)
+    found = _found(config, devices)
     start = 0 if found is None else int(found.name) + 1
     if start >= config.num_train_steps:
         console.print(f"{config.run_dir}: all {config.num_train_steps} steps are made")
@@ -69,43 +78,37 @@ def run(config: TrainConfig) -> None:
         batch_size=config.batch_size,
         workers=config.num_workers,
         start_step=start,
+        process_index=devices.process,
+        process_count=devices.processes,
     )
-    trainer = backends.load(config.backend).trainer(
-        config.model, settings, config.weights if found is None else None
+    trainer = devices.trainer(
+        config.model,
+        settings,
+        config.weights if found is None else None,
+        config.pytorch_compile,
     )
     if found is not None:
         console.print(f"going on from {found}")
         trainer.restore(run_checkpoint.load(found, config.model))
     assets = checkpoint_assets(config, stats)
-    last = training_loop.run(config, trainer, data, start, assets, console)
+    last = training_loop.run(config, trainer, data, start, assets, console, devices)
     console.print(f"{config.run_dir / str(last)}")
 
 
-def _check_devices(config: TrainConfig) -> None:
-    """Raises a ValueError for what would silently be several runs, or one device's."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.fsdp_devices != 1 or processes != 1:
+def _check_batch(config: TrainConfig, devices: Devices) -> None:
+    parts = config.accumulation * devices.count
+    if config.batch_size % parts:
         raise ValueError(
-            f"fsdp_devices: expected 1, in one process: several devices are not supported yet; got "
-            f"{config.fsdp_devices} in {processes}"
+            f"batch_size: expected a multiple of {parts}, for {devices.count} devices and "
+            f"accumulation={config.accumulation}; got {config.batch_size}"
         )
 
 
-def tokenizer_path(config: TrainConfig) -> Path:
-    """The config's tokenizer, or where openpi keeps PaliGemma's."""
-    if config.tokenizer_path is not None:
-        return config.tokenizer_path
-    home = os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")
-    return Path(home).expanduser() / _TOKENIZER
-
-
-def _check_vocabulary(config: TrainConfig, tokenizer: PromptTokenizer) -> None:
-    rows = config.model.paligemma.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise ValueError(
-            f"tokenizer_path: expected at most the model's {rows} tokens, got "
-            f"{tokenizer.vocab_size} in {tokenizer_path(config)}"
-        )
+def _found(config: TrainConfig, devices: Devices) -> Path | None:
+    """The checkpoint to go on from, which the first process looks for."""
+    found = training_loop.prepare(config) if devices.process == 0 else None
+    step = int(devices.largest(-1 if found is None else int(found.name)))
+    return None if step < 0 else config.run_dir / str(step)
 
 
 if __name__ == "__main__":

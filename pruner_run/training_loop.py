@@ -5,13 +5,12 @@ makes the next one: its data, its random numbers and its learning rate are funct
 alone, so that it cannot tell that it was interrupted.
 """
 
-import dataclasses
-import logging
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -26,11 +25,9 @@ from rich.progress import (
 )
 
 from pruner_run import metrics, run_checkpoint
-from pruner_run.backend import Trainer
+from pruner_run.backend import Devices, Trainer
 from pruner_run.configs import TrainConfig
 from pruner_spec.training import Batch
-
-logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
@@ -41,34 +38,46 @@ class Data(Protocol):
     def close(self) -> None: ...
 
 
-@dataclasses.dataclass
 class _Stop:
-    """Set by SIGTERM: the step that is being made is the last one."""
+    """Set by SIGTERM: the step that is being made is the last one.
 
-    asked: bool = False
+    Of several processes the first to know tells the others, and all leave a step later: nobody
+    waits for a step that was only just begun.
+    """
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices, self._is_asked, self._answer = devices, False, None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self._is_asked = True
+
+    def is_agreed(self) -> bool:
+        """Whether to leave; all processes must ask, once a step."""
+        if self._devices.processes == 1:
+            return self._is_asked
+        before, self._answer = self._answer, self._devices.largest(int(self._is_asked))
+        return before is not None and bool(int(before))
 
 
 def prepare(config: TrainConfig) -> Path | None:
-    """Makes the run's folder; the checkpoint to go on from, if there is one.
+    """The checkpoint to go on from, if there is one; nothing is written or deleted yet.
 
     Raises:
         FileExistsError: there is a run already, and neither --resume nor --overwrite.
-        ValueError: both are set, or the checkpoint is of another config.
+        ValueError: both are set, or the checkpoint is of another config; or the run's name would
+            put it somewhere else.
     """
+    parts = Path(config.exp_name).parts
+    if not parts or ".." in parts or Path(config.exp_name).is_absolute():
+        raise ValueError(f"exp_name: expected a name for a folder, got {config.exp_name!r}")
     if config.resume and config.overwrite:
         raise ValueError("resume: expected one of --resume and --overwrite, got both")
-    if config.overwrite and config.run_dir.exists():
-        shutil.rmtree(config.run_dir)
     begun = bool(run_checkpoint.steps(config)) or (config.run_dir / metrics.FILE).exists()
-    if begun and not config.resume:
+    if begun and not (config.resume or config.overwrite):
         raise FileExistsError(
             f"{config.run_dir}: expected no run, or --resume to go on with it or --overwrite to "
             "begin again; got one"
         )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     return run_checkpoint.newest(config) if config.resume else None
 
 
@@ -79,43 +88,59 @@ def run(
     start: int,
     stats: Mapping[str, bytes],
     console: Console,
+    devices: Devices,
 ) -> int:
     """Makes the steps from `start` on, and gives the number of the last one.
 
     Args:
-        config: the run's; its folder is there.
+        config: the run's; what its folder has is deleted here if it is to be overwritten.
         trainer: in the state before step `start`.
         data: from step `start` on.
         start: the first step to make.
         stats: normalisation statistics, which go into every checkpoint.
         console: for the progress.
+        devices: of the trainer; the first process writes, the others make its steps with it.
 
     Raises:
         OSError: a checkpoint cannot be written; those before are still there.
     """
-    described = run_checkpoint.described(config)
-    stop = _Stop()
+    stop = _Stop(devices)
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with metrics.writers(config, described, start) as writers, _progress(console) as bar:
+        with _writers(config, start, devices) as writers, _progress(console) as bar:
             task = bar.add_task("", total=config.num_train_steps, completed=start)
-            log = _Log(config, writers, bar, task, start)
+            log = _Log(config, writers, bar, task)
             batches = iter(data)
             for step in range(start, config.num_train_steps):
                 log.add(step, trainer.step(next(batches)))
-                is_last = step == config.num_train_steps - 1 or stop.asked
-                if is_last or (step + 1) % config.log_interval == 0:
+                stops = stop.is_agreed()
+                is_last = step == config.num_train_steps - 1 or stops
+                saves = is_last or (step % config.save_interval == 0 and step > start)
+                if saves or (step + 1) % config.log_interval == 0:
                     log.flush()
-                if is_last or (step % config.save_interval == 0 and step > start):
-                    log.flush()
-                    run_checkpoint.save(config, step, trainer.state(), stats)
-                if stop.asked:
+                if saves:
+                    state = trainer.state(everywhere=False)
+                    if state is not None:
+                        run_checkpoint.save(config, step, state, stats)
+                if stops:
                     console.print(f"stopped after step {step}, which is saved; --resume goes on")
                     return step
         return config.num_train_steps - 1
     finally:
         signal.signal(signal.SIGTERM, before)
         data.close()
+
+
+def _writers(
+    config: TrainConfig, start: int, devices: Devices
+) -> AbstractContextManager[list[metrics.Writer]]:
+    """The first process's, which makes the run's folder; the others have none."""
+    if devices.process:
+        return nullcontext([])
+    if config.overwrite and config.run_dir.exists():
+        shutil.rmtree(config.run_dir)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    return metrics.writers(config, run_checkpoint.described(config), start)
 
 
 class _Log:
@@ -127,11 +152,10 @@ class _Log:
         writers: list[metrics.Writer],
         bar: Progress,
         task: Any,
-        start: int,
     ) -> None:
         self._config, self._writers, self._bar, self._task = config, writers, bar, task
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
-        self._since, self._warned, self._done = time.perf_counter(), False, start
+        self._since, self._warned = time.perf_counter(), False
 
     def add(self, step: int, found: Mapping[str, Any]) -> None:
         self._pending.append((step, found))
@@ -139,8 +163,9 @@ class _Log:
 
     def flush(self) -> None:
         """Writes a line a step, and shows the last one."""
-        values: dict[str, float] = {}
-        step = 0
+        if not self._pending:
+            return
+        step, values = 0, {}
         for step, found in self._pending:
             values = {name: float(value) for name, value in found.items()}
             values["learning_rate"] = self._config.lr_schedule.learning_rate(step)
@@ -153,18 +178,13 @@ class _Log:
                 writer.write(step, values)
             if not self._warned:
                 self._warned = metrics.warn_of_collapse(step, values)
-        if not self._pending:
-            return
-        for writer in self._writers:
-            if isinstance(writer, metrics.JsonLines):
-                writer.flush()
         now = time.perf_counter()
         rate = len(self._pending) * self._config.batch_size / (now - self._since)
         self._since, self._pending = now, []
-        line, last = _line(values, rate), step
+        line = _line(values, rate)
         self._bar.update(self._task, description=line)
         if not self._bar.console.is_terminal:
-            self._bar.console.print(f"step {last}: {line}", markup=False)
+            self._bar.console.print(f"step {step}: {line}", markup=False)
 
 
 def _line(values: Mapping[str, float], rate: float) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from parity_tests.tolerances import tolerance
 from pruner_run.assets import DEMO_EPISODE
-from pruner_run.data import lerobot_writer
+from pruner_run.data import lerobot_table, lerobot_writer
 from pruner_run.data.lerobot import LeRobotDataset
 from pruner_run.data.lerobot_features import Feature
 from pruner_run.data.lerobot_writer import write_dataset
@@ -549,7 +549,26 @@ def test_the_shipped_episode():
 def test_no_backend_is_imported():
     code = (
         "import sys, pruner_run.data.lerobot, pruner_run.data.lerobot_writer, pruner_run.tokenizer,"
-        "pruner_run.simulation.record_demo;"
+        "pruner_run.record, pruner_run.evaluate;"
         "assert not {'jax', 'torch', 'mujoco', 'dm_control', 'gym_aloha'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_row_groups_of_images_are_kept_up_to_a_number_of_bytes(roots, version, monkeypatch):
+    dataset = LeRobotDataset(roots[version])
+    expected = [dataset[index][IMAGE] for index in range(len(dataset))]
+    read, groups = lerobot_table._read_row_group, []
+
+    def counted(path, metadata, column, group):
+        groups.append((path, group))
+        return read(path, metadata, column, group)
+
+    monkeypatch.setattr(lerobot_table, "_read_row_group", counted)
+    for limit, again in ((1 << 20, False), (0, True)):
+        monkeypatch.setattr(lerobot_table, "recent", lerobot_table.Recent(limit))
+        groups.clear()
+        for index in (*range(16), *reversed(range(16))):
+            np.testing.assert_array_equal(dataset[index][IMAGE], expected[index])
+        assert (len(groups) > len(set(groups))) == again
+        assert len(groups) < 16

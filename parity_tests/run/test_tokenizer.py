@@ -1,14 +1,16 @@
 """Prompts: the two formats to the letter, bins, padding and cutting."""
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from parity_tests.cases import tiny_config
 from pruner_run.assets import DEMO_TOKENIZER
 from pruner_run.assets.make_demo_tokenizer import train
-from pruner_run.tokenizer import PromptTokenizer, digitize_state, format_prompt
+from pruner_run.tokenizer import PromptTokenizer, digitize_state, format_prompt, load_tokenizer
 
 STATE = np.array([-1.0, -0.999, 0.0, 0.5, 1.0])
 
@@ -98,3 +100,19 @@ def test_the_stand_in_has_paligemmas_conventions(model):
 
 def test_the_stand_in_is_reproducible():
     assert train() == DEMO_TOKENIZER.read_bytes()
+
+
+def test_a_models_tokenizer(tmp_path, monkeypatch):
+    """One that is named, or PaliGemma's where openpi keeps it; never one with ids of no row."""
+    found = load_tokenizer(DEMO_TOKENIZER, tiny_config(max_token_len=9))
+    assert found.max_len == 9
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
+    cached = tmp_path / "big_vision/paligemma_tokenizer.model"
+    with pytest.raises(FileNotFoundError, match=f"{cached}: .*curl --create-dirs -o {cached} http"):
+        load_tokenizer(None, tiny_config())
+    cached.parent.mkdir()
+    cached.write_bytes(DEMO_TOKENIZER.read_bytes())
+    assert load_tokenizer(None, tiny_config()).vocab_size == found.vocab_size
+    small = dataclasses.replace(tiny_config().paligemma, vocab_size=found.vocab_size - 1)
+    with pytest.raises(ValueError, match="tokenizer_path: expected at most the model's"):
+        load_tokenizer(DEMO_TOKENIZER, tiny_config(paligemma_variant=small))

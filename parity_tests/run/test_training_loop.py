@@ -46,16 +46,26 @@ class Counter:
         self._step += 1
         return {"loss": float(self._parameters["action_out_proj.bias"].sum())}
 
-    def state(self) -> TrainState:
+    def state(self, *, everywhere: bool = True) -> TrainState:
         zeros = {"action_out_proj.bias": np.full(7, self._step, np.float32)}
         average = {k: v + np.float32(1) for k, v in self._parameters.items()}
         return TrainState(self._step, self._parameters, average, zeros, zeros)
 
     def restore(self, state: TrainState) -> None:
-        self._step, self._parameters = state.step, dict(state.parameters)
-        np.testing.assert_array_equal(state.first["action_out_proj.bias"], self._step)
-        average = state.average["action_out_proj.bias"]
-        np.testing.assert_array_equal(average, state.parameters["action_out_proj.bias"] + 1)
+        self._step = state.step
+        self._parameters = {name: np.asarray(array) for name, array in state.parameters.items()}
+        bias = self._parameters["action_out_proj.bias"]
+        np.testing.assert_array_equal(np.asarray(state.first["action_out_proj.bias"]), self._step)
+        np.testing.assert_array_equal(np.asarray(state.average["action_out_proj.bias"]), bias + 1)
+
+
+class Alone:
+    """One device of one process."""
+
+    process, processes, count = 0, 1, 1
+
+    def largest(self, number: int) -> int:
+        return number
 
 
 class Numbers:
@@ -99,7 +109,8 @@ def train(config: TrainConfig, trainer: Counter | None = None) -> tuple[Counter,
         start = int(found.name) + 1
         trainer.restore(run_checkpoint.load(found, config.model))
     console = Console(quiet=True)
-    return trainer, training_loop.run(config, trainer, Numbers(start), start, STATS, console)
+    last = training_loop.run(config, trainer, Numbers(start), start, STATS, console, Alone())
+    return trainer, last
 
 
 def lines(config: TrainConfig) -> list[dict]:
@@ -291,3 +302,24 @@ def test_a_runs_checkpoint_converts(backend, adapters, tmp_path):
     loaded = run_checkpoint.load(path, model)
     assert loaded.average is None
     assert loaded.parameters.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_checkpoint_has_the_state_bit_for_bit(dtype, has_average, tmp_path):
+    model = tiny_config(dtype=dtype, vision_variant="tiny/56")
+    generator = np.random.default_rng(3)
+    shapes = {name: array.shape for name, array in random_parameters(model, seed=0)}
+
+    def drawn():
+        return {name: generator.standard_normal(s).astype(dtype) for name, s in shapes.items()}
+
+    state = TrainState(4, drawn(), drawn() if has_average else None, drawn(), drawn())
+    run = config(tmp_path, backend="torch", model=model)
+    run.run_dir.mkdir(parents=True)
+    found = run_checkpoint.load(run_checkpoint.save(run, 3, state, STATS), model)
+    assert (found.step, found.average is None) == (4, not has_average)
+    for field in ("parameters", "average", "first", "second"):
+        for name, array in (getattr(state, field) or {}).items():
+            assert getattr(found, field)[name].dtype == dtype
+            np.testing.assert_array_equal(getattr(found, field)[name], array, err_msg=name)

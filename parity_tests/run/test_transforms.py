@@ -255,6 +255,15 @@ def test_normalising_by_hand():
         transforms.Normalize(NormStats(old, old), quantiles=True)
 
 
+def test_statistics_that_change_nothing():
+    stats, values = NormStats.identity(3), np.array([0.25, -1.0, 1.5])
+    for quantiles in (True, False):
+        there = stats.state.normalize(values, quantiles=quantiles)
+        back = stats.actions.unnormalize(values, quantiles=quantiles)
+        for found in (there, back):
+            np.testing.assert_allclose(found, values, rtol=0, atol=EXACT)
+
+
 def test_statistics_of_a_dataset():
     assert FeatureStats.read(DEMO_EPISODE, "observation.state").mean.shape == (14,)
     with pytest.raises(ValueError, match="expected mean, std, q01, q99 of nothing, missing"):
@@ -373,7 +382,7 @@ def test_images_of_any_form():
     floats = pixels.astype(np.float32) / 255
     np.testing.assert_array_equal(parse_image(floats, "x"), pixels)
     assert parse_image(np.full((1, 1, 3), 1.5), "x").max() == 255
-    for wrong in (pixels[0], pixels[..., :2], pixels.astype(int)):
+    for wrong in (pixels[0], pixels[..., :2], pixels.astype(int), pixels[:0]):
         with pytest.raises(ValueError, match=r"cam: expected \[H, W, 3\] or \[3, H, W\] of uint8"):
             parse_image(wrong, "cam")
 

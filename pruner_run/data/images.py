@@ -30,7 +30,7 @@ def parse_image(image: np.ndarray, name: str) -> UInt8[np.ndarray, "height width
         image = (255 * image.clip(0.0, 1.0)).astype(np.uint8)
     if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3:
         image = image.transpose(1, 2, 0)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size or image.dtype != np.uint8:
         expected = "[H, W, 3] or [3, H, W] of uint8, or of floats in [0, 1]"
         raise ValueError(f"{name}: expected {expected}, got {list(image.shape)} of {image.dtype}")
     return image

@@ -9,7 +9,9 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Collection, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from pruner_run.data.lerobot_features import Feature
+
+ROW_GROUP_BYTES = 1 << 30  # of images, still encoded, that are kept for the next reads
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -73,28 +77,70 @@ def _innermost(values: pa.Array) -> pa.Array:
 def read_image(path: Path, column: str, row: int) -> UInt8[np.ndarray, "H W 3"]:
     """One image out of a parquet file, which holds them as encoded files."""
     modified = path.stat().st_mtime_ns
-    starts = _row_group_starts(path, modified)
+    metadata, starts = _row_groups(path, modified)
     group = bisect.bisect_right(starts, row) - 1
     try:
-        image = _read_row_group(path, modified, column, group)[row - starts[group]].as_py()
+        images = recent.get(
+            (path, modified, column, group), lambda: _read_row_group(path, metadata, column, group)
+        )
+        image = images[row - starts[group]].as_py()
         return np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
     except (TypeError, KeyError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: expected an image in row {row} of {column}") from error
 
 
-@lru_cache(maxsize=256)
-def _row_group_starts(path: Path, modified: int) -> list[int]:
-    """First row of each row group; `modified` is the file's time, so that a new file is read."""
+@lru_cache(maxsize=4096)
+def _row_groups(path: Path, modified: int) -> tuple[pq.FileMetaData, list[int]]:
+    """A file's metadata and the first row of each row group.
+
+    `modified` is the file's time, so that a new file is read.
+    """
     metadata = pq.read_metadata(path)
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return [0, *itertools.accumulate(lengths)][:-1]
+    return metadata, [0, *itertools.accumulate(lengths)][:-1]
 
 
-@lru_cache(maxsize=8)
-def _read_row_group(path: Path, modified: int, column: str, group: int) -> pa.ChunkedArray:
-    """A column of the row group, the smallest part of a parquet file that can be read."""
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, [column])[column]
+def _read_row_group(
+    path: Path, metadata: pq.FileMetaData, column: str, group: int
+) -> pa.ChunkedArray:
+    """The images of a row group, the smallest part of a parquet file that can be read.
+
+    In this thread alone: whoever loads data has threads of its own, and Arrow's take longer.
+    """
+    with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:
+        return file.read_row_group(group, [f"{column}.bytes"], use_threads=False)[column]
+
+
+class Recent:
+    """What was read last, up to a number of bytes; safe to use from threads.
+
+    Attributes:
+        limit: the number of bytes; the last column is kept however large it is.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._kept: OrderedDict[Hashable, pa.ChunkedArray] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
+        """The column of a key, read if it is not here."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        column = read()
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = column
+                self._bytes += column.nbytes
+            while self._bytes > self.limit and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return column
+
+
+recent = Recent(ROW_GROUP_BYTES)
 
 
 def make_schema(features: dict[str, Feature]) -> pa.Schema:

@@ -25,7 +25,7 @@ FILES_PER_CHUNK = 1000
 DATA_FILE_MB, VIDEO_FILE_MB = 100, 200
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-IMAGE_ROW_GROUP = 32  # rows; reading one image reads the whole group
+IMAGE_ROW_GROUP = 8  # rows; reading one image reads the whole group
 
 
 def write_dataset(

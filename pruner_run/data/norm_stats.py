@@ -7,6 +7,7 @@ openpi's are those of a histogram whose bins move.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -201,10 +202,14 @@ def require_norm_stats(config: HasData) -> NormStats | None:
     try:
         return NormStats.read(folder)
     except FileNotFoundError as error:
-        command = f"pruner compute-norm-stats --config-name {config.name}"
+        base = str(config.assets_dirs.parent)
+        command = ["--config_name", config.name, "--assets_base_dir", base]
+        if config.data.repo_id is not None:
+            command += ["--repo_id", config.data.repo_id]
+        how = f"pruner compute-norm-stats {shlex.join(command)}"
         if config.data.assets_dir is not None:
-            command += ", and leave data.assets_dir unset"
-        raise FileNotFoundError(f"{error}. To compute them: {command}") from None
+            how += " (and leave data.assets_dir unset)"
+        raise FileNotFoundError(f"{error}. To compute them: {how}") from None
 
 
 def checkpoint_assets(config: HasData, stats: NormStats | None) -> Mapping[str, bytes]:

@@ -138,8 +138,17 @@ class NormStats:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected normalisation statistics, found no file")
+        return cls.parse(str(path), path.read_bytes())
+
+    @classmethod
+    def parse(cls, path: str, data: bytes) -> Self:
+        """From the contents of a norm_stats.json; its path is for errors.
+
+        Raises:
+            ValueError: it holds something else.
+        """
         try:
-            found = json.loads(path.read_text())["norm_stats"]
+            found = json.loads(data)["norm_stats"]
             features = {key: dict(found[key]) for key in ("state", "actions")}
         except (ValueError, KeyError, TypeError) as error:
             expected = "JSON with norm_stats of state and actions"
@@ -148,6 +157,13 @@ class NormStats:
             return cls(**{key: FeatureStats.from_dict(stats) for key, stats in features.items()})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def identity(cls, length: int) -> Self:
+        """Those of numbers that are normalised already, so that they stay as they are."""
+        ones = np.ones(length)
+        stats = FeatureStats(mean=0 * ones, std=ones - EPSILON, q01=-ones, q99=ones - EPSILON)
+        return cls(state=stats, actions=stats)
 
     def write(self, folder: str | Path) -> Path:
         """To `folder/norm_stats.json`, which is there in full or not at all; returns its path."""

@@ -27,6 +27,7 @@ class Robot:
         optional: those of `cameras` that an observation may lack.
         spare: keys of images that may be there but that the model does not see.
         state: keys of the state's parts, in order.
+        state_dims: how many numbers each part has; None for as many as there are statistics of.
         action_dim: numbers of an action; None for as many as there are statistics of.
         repack: those keys -> a dataset's, by openpi's conventions.
         delta: which numbers of an action are relative to the state, if any are.
@@ -36,6 +37,7 @@ class Robot:
     optional: frozenset[str] = frozenset()
     spare: frozenset[str] = frozenset()
     state: tuple[str, ...] = ("state",)
+    state_dims: tuple[int, ...] | None = None
     action_dim: int | None = None
     repack: Mapping[str, str]
     delta: tuple[bool, ...] | None = None
@@ -64,6 +66,7 @@ ROBOTS: Mapping[RobotName, Robot] = {
         },
         optional=frozenset({LEFT_WRIST, RIGHT_WRIST}),
         spare=frozenset({"images/cam_low"}),
+        state_dims=(14,),
         action_dim=14,
         repack={
             "images/cam_high": "observation.images.top",
@@ -75,6 +78,7 @@ ROBOTS: Mapping[RobotName, Robot] = {
     "libero": Robot(
         cameras={BASE: "observation/image", LEFT_WRIST: "observation/wrist_image"},
         state=("observation/state",),
+        state_dims=(8,),
         action_dim=7,
         repack={
             "observation/image": "image",
@@ -91,6 +95,7 @@ ROBOTS: Mapping[RobotName, Robot] = {
         },
         spare=frozenset({"observation/exterior_image_2_left"}),
         state=("observation/joint_position", "observation/gripper_position"),
+        state_dims=(7, 1),
         action_dim=8,
         repack={
             "observation/exterior_image_1_left": "exterior_image_1_left",

@@ -39,6 +39,7 @@ class RobotSamples:
 
     Attributes:
         root: the dataset's folder.
+        dataset: what is in there.
     """
 
     def __init__(self, data: DataConfig, horizon: int, *, cache_bytes: int = 0):
@@ -49,7 +50,7 @@ class RobotSamples:
             ValueError: the dataset is damaged, or has other features than the config needs.
         """
         self.root = find_dataset(data.repo_id)
-        self._dataset = LeRobotDataset(self.root)
+        self.dataset = LeRobotDataset(self.root)
         self._horizon = horizon
         self._cache = ImageCache(cache_bytes)
         self._add_prompt = data.prompt_from_task and "prompt" not in data.sources
@@ -60,19 +61,19 @@ class RobotSamples:
         self._numbers = {key: source for key, source in sources.items() if key in numbers}
         self._texts = {key: source for key, source in sources.items() if key == "prompt"}
         self._check(data)
-        ends = [episode.stop for episode in self._dataset.episodes]
-        lengths = [len(episode) for episode in self._dataset.episodes]
+        ends = [episode.stop for episode in self.dataset.episodes]
+        lengths = [len(episode) for episode in self.dataset.episodes]
         self._stops = np.repeat(ends, lengths)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
         """A frame: images, numbers and, if the config asks for it, the dataset's instruction."""
         sample: Sample = {key: value[0] for key, value in self.numbers([index]).items()}
-        task = self._dataset.tasks[int(self._dataset.columns["task_index"][index])]
+        task = self.dataset.tasks[int(self.dataset.columns["task_index"][index])]
         for key, source in self._texts.items():
-            columns = self._dataset.columns
+            columns = self.dataset.columns
             sample[key] = columns[source][index] if source in columns else task
         if self._add_prompt:
             sample["prompt"] = task
@@ -87,7 +88,7 @@ class RobotSamples:
         chunk = np.minimum(following, self._stops[index, None] - 1)
         numbers = {}
         for key, source in self._numbers.items():
-            values = self._dataset.columns[source]
+            values = self.dataset.columns[source]
             values = values[:, None] if values.ndim == 1 else values
             numbers[key] = values[chunk if key == "actions" else index]
         return numbers
@@ -95,18 +96,18 @@ class RobotSamples:
     def where(self, index: int) -> str:
         """The frame's place in the dataset."""
         episode, frame = (
-            int(self._dataset.columns[key][index]) for key in ("episode_index", "frame_index")
+            int(self.dataset.columns[key][index]) for key in ("episode_index", "frame_index")
         )
         return f"{self.root}: frame {frame} of episode {episode}"
 
     def _image(self, index: int, camera: str) -> np.ndarray:
         """Resized here already, where a smaller image is kept than would be later."""
         return self._cache.get(
-            (index, camera), lambda: resize_with_pad(self._dataset.image(index, camera))
+            (index, camera), lambda: resize_with_pad(self.dataset.image(index, camera))
         )
 
     def _check(self, data: DataConfig) -> None:
-        robot, features = data.of_robot, self._dataset.features
+        robot, features = data.of_robot, self.dataset.features
         known = {*robot.cameras.values(), *robot.spare, *robot.state, "actions", "prompt"}
         if unknown := sorted(data.sources.keys() - known):
             raise ValueError(f"repack: expected keys of {sorted(known)}, got also {unknown}")

@@ -52,6 +52,7 @@ class Encoding:
 
 
 LEROBOT_ENCODING = Encoding()
+BROWSER_ENCODING = Encoding(codec="libx264", gop=25, crf=23)  # what every browser plays
 
 FEW_FRAMES = 8  # up to which a read is of single frames, and the file stays open
 KEPT_OPEN = 6  # files a thread
