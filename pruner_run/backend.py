@@ -7,7 +7,9 @@ import dataclasses
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -63,6 +65,18 @@ class Model(Protocol):
         """The selection in the last sampled batch, of a model that prunes."""
         ...
 
+    def kept(self) -> dict[str, list[int]]:
+        """Patches kept in the last sampled batch, of a model that prunes: a number a sample, by
+        camera; cameras that no sample had are left out."""
+        ...
+
+    def stages(
+        self, observation: Observation, noise: Float[np.ndarray, "B H A"], num_steps: int
+    ) -> dict[str, float]:
+        """Milliseconds of each stage of `sample_actions`, run one after the other: "vision" (with
+        the pruner's choice), "prefix" and "denoising"."""
+        ...
+
     def stats(self) -> dict[str, Any]:
         """The model's `get_token_pruning_stats`, for the last sampled batch."""
         ...
@@ -75,12 +89,55 @@ class Trainer(Protocol):
         """Makes a step; the metrics are numbers on the device, that nothing waits for."""
         ...
 
-    def state(self) -> TrainState:
-        """The state after the steps that were made, in NumPy."""
+    def state(self, *, everywhere: bool = True) -> TrainState | None:
+        """The state after the steps that were made, in NumPy; all processes must ask for it.
+
+        Args:
+            everywhere: in every process, or else in the first alone, and None in the others.
+        """
         ...
 
     def restore(self, state: TrainState) -> None:
         """Takes a state, of either framework."""
+        ...
+
+
+class Devices(Protocol):
+    """The devices that make a run together, of one process or of several.
+
+    Attributes:
+        process: the number of this one, from 0.
+        processes: how many there are.
+        count: of devices, in all processes.
+    """
+
+    process: int
+    processes: int
+    count: int
+
+    def trainer(
+        self,
+        config: Pi0Config,
+        settings: TrainingSettings,
+        weights: Weights | None,
+        compiled: bool | None = None,
+    ) -> Trainer:
+        """A run's state before its first step.
+
+        Args:
+            config: the model's.
+            settings: the run's.
+            weights: None for random ones.
+            compiled: whether PyTorch's layers are; JAX compiles the step.
+        """
+        ...
+
+    def largest(self, number: int) -> Any:
+        """The largest of the numbers that the processes give; who reads it waits for them all."""
+        ...
+
+    def close(self) -> None:
+        """Takes leave of the other processes."""
         ...
 
 
@@ -101,11 +158,32 @@ class Backend(Protocol):
         """A model with these weights: a checkpoint's path, or arrays by name in any layout."""
         ...
 
-    def trainer(
-        self, config: Pi0Config, settings: TrainingSettings, weights: Weights | None
-    ) -> Trainer:
-        """A run's state before its first step; without weights, with random ones."""
+    def devices(self, fsdp_devices: int = 1) -> Devices:
+        """All devices there are, together with the processes that were started with this one.
+
+        Args:
+            fsdp_devices: over how many of them weights are split.
+
+        Raises:
+            ValueError: they cannot be divided so.
+        """
         ...
+
+
+def clocked(function: Callable[[], Any], finish: Callable[[Any], Any]) -> tuple[Any, float]:
+    """A function's result, and the milliseconds that it takes: the median of 3, after a first call.
+
+    Args:
+        function: called four times.
+        finish: waits until its result is computed.
+    """
+    result = finish(function())
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        finish(function())
+        times.append(1e3 * (time.perf_counter() - started))
+    return result, statistics.median(times)
 
 
 def missing() -> list[str]:

@@ -5,21 +5,50 @@ newline. The formats, down to their spaces, are openpi's: the released checkpoin
 """
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int, Int32
 
+from pruner_run.assets import DEMO_TOKENIZER
+from pruner_spec.config import Pi0Config
+
 PAD_ID = 0
 STATE_BINS = 256
 
-_HOW_TO_GET = (
-    "PaliGemma's is at https://storage.googleapis.com/big_vision/paligemma_tokenizer.model; "
-    "for a try without downloads, pruner_run.assets.DEMO_TOKENIZER is a small stand-in"
-)
+_URL = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
+_IN_CACHE = "big_vision/paligemma_tokenizer.model"
 
 logger = logging.getLogger(__name__)
+
+
+def openpi_cache() -> Path:
+    """Where openpi keeps what it has downloaded."""
+    return Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+
+
+def load_tokenizer(path: str | Path | None, model: Pi0Config) -> "PromptTokenizer":
+    """A model's tokenizer.
+
+    Args:
+        path: a SentencePiece model; None for PaliGemma's, from openpi's cache.
+        model: whose prompts it makes.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says how to get PaliGemma's.
+        ValueError: it is another file, or has more tokens than the model.
+    """
+    path = openpi_cache() / _IN_CACHE if path is None else path
+    tokenizer = PromptTokenizer(path, max_len=model.max_token_len)
+    rows = model.paligemma.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"tokenizer_path: expected at most the model's {rows} tokens, got "
+            f"{tokenizer.vocab_size} in {path}"
+        )
+    return tokenizer
 
 
 def digitize_state(state: Float[np.ndarray, "A"]) -> Int[np.ndarray, "A"]:
@@ -63,7 +92,11 @@ class PromptTokenizer:
         if max_len < 1:
             raise ValueError(f"max_len: expected at least 1, got {max_len}")
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: expected a SentencePiece model. {_HOW_TO_GET}")
+            raise FileNotFoundError(
+                f"{path}: expected a SentencePiece model, found no file. To get PaliGemma's, once: "
+                f"curl --create-dirs -o {path} {_URL} (for a try without a download, "
+                f"{DEMO_TOKENIZER} is a small stand-in)"
+            )
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as error:
