@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from parity_tests.tolerances import tolerance
+from pruner_run import cli
 from pruner_run.assets import DEMO_EPISODE
 from pruner_run.data.lerobot import LeRobotDataset
+from pruner_run.rollout import run_episode
 from pruner_run.simulation import aloha, expert
+from pruner_run.simulation import environment as environments
 
 needs_simulator = pytest.mark.skipif(
     importlib.util.find_spec("gym_aloha") is None, reason="gym-aloha is not installed"
@@ -98,8 +101,8 @@ def test_the_expert_succeeds(seed):
 @needs_simulator
 def test_recording_again_gives_the_shipped_episode(tmp_path):
     root = tmp_path / "again"
-    command = [sys.executable, "-m", "pruner_run.simulation.record_demo", "--seed", "0"]
-    subprocess.run([*command, "--output", str(root)], check=True)
+    line = "record --env aloha_sim --episodes 1 --settle_seconds 8 --output"
+    cli.main([*line.split(), str(root)])
     again, shipped = LeRobotDataset(root), LeRobotDataset(DEMO_EPISODE)
     for key, values in shipped.columns.items():
         np.testing.assert_array_equal(again.columns[key], values, err_msg=key)
@@ -123,3 +126,39 @@ def test_replaying_the_shipped_actions_gives_the_shipped_states_and_images():
                 assert np.abs(image.astype(float) - seen).mean() < tolerance("video codec", "uint8")
         reward = environment.step(action)
     assert reward == aloha.SUCCESS
+
+
+@pytest.mark.sim
+@needs_simulator
+def test_the_cube_has_to_be_held():
+    """For half a second, twelve actions and a half."""
+    environment = environments.make("aloha_sim")
+    environment.reset("transfer_cube", 1)
+    for action in expert.plan(environment._cube.cube[:2], fps=25):
+        step = environment.step(action, observe=False)
+        if step.success:
+            break
+    assert environment._held == 13
+    assert environment.step(action).observation.keys() >= {"image/base_0_rgb", "state", "prompt"}
+
+
+@pytest.mark.sim
+@pytest.mark.skipif(
+    importlib.util.find_spec("metaworld") is None, reason="Meta-World is not installed"
+)
+def test_meta_worlds_expert_and_its_seeds():
+    environment = environments.make("metaworld:door-open-v3,reach-v3")
+    for task in environment.spec.tasks:
+        episodes = [run_episode(environment, None, task, seed) for seed in (0, 0, 1)]
+        assert all(episode.success for episode in episodes)
+        assert episodes[0] == episodes[1] != episodes[2]
+    assert environment.reset("reach-v3", 0)["prompt"] == "reach"
+    with pytest.raises(ValueError, match="expected tasks of Meta-World"):
+        environments.make("metaworld:dance-v3")
+    environment.close()
+
+
+def test_environments_that_are_none():
+    for name in ("aloha", "libero:all", "aloha_sim:fast"):
+        with pytest.raises(ValueError, match="env: expected"):
+            environments.make(name)

@@ -1,4 +1,4 @@
-"""A robot to try the policy on: gym-aloha's transfer-cube, its expert, and the recorder.
+"""Simulators to try a policy in, and their scripted experts.
 
-Nothing here imports the simulator until it is used.
+Nothing here imports a simulator until an environment is made.
 """
