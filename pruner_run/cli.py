@@ -41,6 +41,13 @@ COMMANDS = {
     ),
     "plan": Command("pruner_run.plan", "Say what a training run needs, and what fits."),
     "compare": Command("pruner_run.compare_runs", "Compare the curves of two training runs."),
+    "serve": Command("pruner_run.serve", "Serve a policy to openpi's clients."),
+    "client-check": Command(
+        "pruner_run.client_check", "Try a policy server, and show where the time goes."
+    ),
+    "eval": Command("pruner_run.evaluate", "Try a policy in a simulator, or compare two trials."),
+    "record": Command("pruner_run.record", "Record a simulator's scripted expert as a dataset."),
+    "show": Command("pruner_run.show", "Show what a policy's pruner looks at in an episode."),
     "demo": Command("pruner_run.demo", "Prune a recorded episode and draw which patches are kept."),
 }
 

@@ -9,6 +9,8 @@ import pytest
 
 from pruner_run import cli
 from pruner_run.configs import CONFIGS, TrainConfig
+from pruner_run.serve import Default
+from pruner_run.show import Shown
 
 REQUIRED = dataclasses.MISSING
 
@@ -45,6 +47,81 @@ SURFACE: dict[str, dict[str, Any]] = {
         "teraflops": 794.0,
     },
     "compare": {"runs": REQUIRED, "metric": "loss", "output": Path("comparison.png")},
+    "serve": {
+        "env": None,
+        "policy": Default(),
+        "backend": "auto",
+        "default_prompt": None,
+        "no_pruning": False,
+        "token_prune_keep_ratio": None,
+        "token_prune_keep_tokens": None,
+        "asset_id": None,
+        "tokenizer": None,
+        "dtype": None,
+        "num_steps": 10,
+        "seed": 0,
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_key": None,
+        "max_batch": 1,
+        "batch_wait_ms": 2.0,
+        "max_queue": 64,
+        "max_clients": 64,
+        "max_message_mb": 32,
+        "no_profile": False,
+    },
+    "client-check": {
+        "address": REQUIRED,
+        "requests": 50,
+        "prompt": "pick up the cube",
+        "api_key": None,
+        "seed": 0,
+    },
+    "show": {
+        "policy": Shown(),
+        "dataset": None,
+        "episode": 0,
+        "keep_tokens": None,
+        "every": 5,
+        "backend": "auto",
+        "asset_id": None,
+        "tokenizer": None,
+        "dtype": None,
+        "seed": 0,
+        "output": Path("show_output"),
+    },
+    "eval": {
+        "env": None,
+        "policy": None,
+        "policy_dir": None,
+        "policy_config": None,
+        "server": None,
+        "api_key": None,
+        "backend": "auto",
+        "no_pruning": False,
+        "token_prune_keep_ratio": None,
+        "token_prune_keep_tokens": None,
+        "asset_id": None,
+        "tokenizer": None,
+        "num_steps": 10,
+        "episodes": 10,
+        "seed": 0,
+        "seeds": None,
+        "replan_steps": None,
+        "videos": 0,
+        "output": Path("eval_output"),
+        "overwrite": False,
+        "compare": None,
+    },
+    "record": {
+        "env": REQUIRED,
+        "policy": "expert",
+        "episodes": 10,
+        "seed": 0,
+        "keep_failures": False,
+        "settle_seconds": 1.0,
+        "output": REQUIRED,
+    },
     "demo": {
         "backend": None,
         "keep_tokens": None,
@@ -56,7 +133,8 @@ SURFACE: dict[str, dict[str, Any]] = {
         "output": Path("demo_output"),
     },
 }
-POSITIONAL = {"config_name", "runs"}
+POSITIONAL = {"config_name", "runs", "address", "policy"}
+DOTTED = {"policy_dir": "policy.dir", "policy_config": "policy.config"}
 
 # `pruner train CONFIG`: openpi's names for what openpi has.
 TRAIN = [
@@ -67,6 +145,8 @@ TRAIN = [
     "data",
     "weight_path",
     "pytorch_weight_path",
+    "weight_missing",
+    "weight_ignored",
     "tokenizer_path",
     "seed",
     "batch_size",
@@ -78,6 +158,7 @@ TRAIN = [
     "augment",
     "accumulation",
     "gradient_checkpointing",
+    "pytorch_compile",
     "token_prune_noise_schedule",
     "num_workers",
     "log_interval",
@@ -89,9 +170,12 @@ TRAIN = [
     "tensorboard_enabled",
     "wandb_enabled",
     "project_name",
+    "policy_metadata",
     "resume",
     "overwrite",
 ]
+
+SUPPRESSED = {"name", "model", "data", "policy_metadata"}
 
 
 def status_of(arguments: list[str]) -> Any:
@@ -110,7 +194,7 @@ def test_a_commands_options(name, capsys):
     assert {field.name: field.default for field in fields} == SURFACE[name]
     assert status_of([name, "--help"]) == 0
     said = capsys.readouterr().out
-    options = [option for option in SURFACE[name] if option not in POSITIONAL]
+    options = [DOTTED.get(option, option) for option in SURFACE[name] if option not in POSITIONAL]
     assert [option for option in options if f"--{option}" not in said] == []
 
 
@@ -121,7 +205,7 @@ def test_the_trainers_options(capsys):
     assert [name for name in CONFIGS if name not in said] == []
     assert status_of(["train", "debug_pi05", "--help"]) == 0
     said = capsys.readouterr().out
-    options = [f"--{name}" for name in TRAIN if name not in ("name", "model", "data")]
+    options = [f"--{name}" for name in TRAIN if name not in SUPPRESSED]
     for option in (*options, "--model.token_pruning_enabled", "--data.repo_id"):
         assert option.split(".")[0] in said, option
 

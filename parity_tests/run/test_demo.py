@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_bad_values_are_one_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {convert,"),
+        ([], f"Expected one of {{{', '.join(cli.COMMANDS)}}}"),
         (["deom"], "Unrecognized options: deom"),
         (["demo", "--frmaes", "3"], "Unrecognized options: --frmaes"),
         (["demo", "--frames", "many"], "Error parsing --frames"),
@@ -133,7 +134,7 @@ def test_bad_values_are_one_line(capsys, arguments, message):
 def test_unreadable_command_lines(capsys, arguments, message):
     assert status_of(arguments) == cli.BAD_INPUT
     said = capsys.readouterr().err
-    assert message in said
+    assert message in " ".join(said.replace("│", " ").split())  # as it is without its box
     assert "Traceback" not in said
 
 
@@ -155,7 +156,7 @@ def test_help_imports_no_framework():
         "    assert ('pruner_run.demo' in sys.modules) == ('demo' in arguments)\n"
     )
     assert done.returncode == 0, done.stderr
-    assert "Prune a recorded episode" in done.stdout
+    assert re.search(r"demo +Prune a recorded episode", done.stdout)
 
 
 @pytest.mark.slow
