@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pruner_run import configs
+from pruner_run import configs, roofline
 from pruner_run.configs import TrainConfig
-from pruner_spec.config import CAMERAS, GemmaVariant, Pi0Config
+from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.parameters import parameter_table
 from pruner_spec.training import GradientCheckpointing
 
@@ -120,20 +120,13 @@ def plan(config: TrainConfig, options: Options) -> Plan:
 
 def forward_flops(model: Pi0Config) -> float:
     """Operations of the products in one sample's forward pass, its prompt in full length."""
-    patches = len(CAMERAS) * model.vision.num_patches
-    prefix, suffix = patches + model.max_token_len, model.suffix_length
-    tower = model.vision
-    block = 4 * tower.width**2 + 2 * tower.width * tower.mlp_dim
-    inside = 2 * tower.num_patches * tower.width  # a token's logits and values
-    vision = 2 * patches * tower.depth * (block + inside)
-    total = vision + 2 * patches * tower.width * model.paligemma.width
-    for expert, tokens, seen in (
-        (model.paligemma, prefix, prefix),
-        (model.action_expert, suffix, prefix + suffix),
-    ):
-        attention = 2 * seen * expert.num_heads * expert.head_dim
-        total += 2 * tokens * expert.depth * (_layer_numbers(expert) + attention)
-    return float(total)
+    prefix = len(CAMERAS) * model.vision.num_patches + model.max_token_len
+    suffix, depth = model.suffix_length, model.paligemma.depth
+    return (
+        roofline.vision_operations(model, len(CAMERAS))
+        + roofline.expert_operations(model.paligemma, prefix, prefix, depth)
+        + roofline.expert_operations(model.action_expert, suffix, prefix + suffix, depth)
+    )
 
 
 def verdict(found: Plan, memory: float) -> str:
@@ -145,11 +138,6 @@ def verdict(found: Plan, memory: float) -> str:
     if found.state < memory:
         return f"Does not fit; with --gradient_checkpointing full --accumulation {parts} it does."
     return "Does not fit: the state alone is larger. More --fsdp_devices, or adapters (LoRA)."
-
-
-def _layer_numbers(expert: GemmaVariant) -> int:
-    projections = 2 * expert.num_heads + 2 * expert.num_kv_heads
-    return expert.width * (projections * expert.head_dim + 3 * expert.mlp_dim)
 
 
 def _count(config: TrainConfig) -> tuple[int, int]:
