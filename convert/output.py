@@ -92,6 +92,16 @@ def folder_in_full(path: Path, *, overwrite: bool) -> Iterator[Path]:
             _settle(path)
 
 
+def settle(path: Path) -> None:
+    """Leaves what is whole at a place, and nothing that a killed process hid beside it.
+
+    Raises:
+        FileExistsError: another process is writing there.
+    """
+    with _locked(path):
+        _settle(path)
+
+
 def _sync(folder: Path) -> None:
     """Waits until all files of a folder are on disk, with their names."""
     for path in (*(path for path in folder.rglob("*") if not path.is_symlink()), folder):

@@ -158,6 +158,7 @@ class Trainer:
             ValueError: it is not of a run with this model and these settings.
         """
         state.check(self.config, self.settings)
+        del self._state  # before the other is there: there may be no room for both
         frozen = self._arrays(state.parameters.items())
         trained = {name: frozen.pop(name) for name in self._names}
         average = None

@@ -52,7 +52,8 @@ class TrainConfig:
         gradient_checkpointing: what is computed again in the backward pass, to save memory: none,
             all but the results of products and attention, or full layers.
         pytorch_compile: compiles layers in the backend torch; on a GPU, if not given.
-        token_prune_noise_schedule: of the noise on the pruner's scores: linear from 1 to 0.
+        token_prune_noise_schedule: of the noise on the pruner's scores: linear from 1 to 0,
+            constant 1, or none. It takes the place of the model's token_prune_noise_scale.
         num_workers: that prepare batches.
         log_interval: steps between lines on the screen.
         save_interval: steps between checkpoints.
@@ -133,6 +134,11 @@ class TrainConfig:
         Raises:
             ValueError: a setting is not valid.
         """
+        if scale := self.model.token_prune_noise_scale:
+            raise ValueError(
+                "token_prune_noise_scale: expected 0 in training, where "
+                f"--token_prune_noise_schedule takes its place; got {scale}"
+            )
         adapted = [
             variant.lora is not None for variant in (self.model.paligemma, self.model.action_expert)
         ]

@@ -6,16 +6,19 @@
                                    and the weights themselves where the average stands above; in
                                    a float64 run the average too, which float32 does not hold
     config.json, assets/           as beside any checkpoint of openpi's
-    run.json                       the step, the config, and how large each file is
+    run.json                       the step, the config, and of each file its size and checksum
 
 Nothing here depends on the framework: a run goes on in either.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from pruner_spec.layout import JAX, OPENPI_JAX, OPENPI_TORCH, to_named
 from pruner_spec.training import TrainState, master_dtype
 
 STATE_FILE, RUN_FILE = "train_state.safetensors", "run.json"
+
+_BLOCK = 64 << 20  # bytes of a file that a thread reads at once
 
 # What may change from one part of a run to the next; all else makes the run what it is.
 _MAY_CHANGE = {
@@ -76,7 +81,7 @@ def save(config: TrainConfig, step: int, state: TrainState, stats: Mapping[str, 
         for name, data in stats.items():
             (folder / "assets" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "assets" / name).write_bytes(data)
-        record = {"step": step, "config": described(config), "files": _sizes(folder)}
+        record = {"step": step, "config": described(config), "files": _files(folder)}
         (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n")
     _prune(config, step)
     return path
@@ -86,9 +91,10 @@ def newest(config: TrainConfig) -> Path | None:
     """The last whole checkpoint of a run; damaged ones are reported and passed over.
 
     Raises:
-        ValueError: it is of another config; names what differs.
+        ValueError: it is of another config, names what differs; or all there are are damaged.
     """
-    for step in sorted(steps(config), reverse=True):
+    found = sorted(steps(config), reverse=True)
+    for step in found:
         path = config.run_dir / str(step)
         try:
             record = _checked(path)
@@ -97,6 +103,11 @@ def newest(config: TrainConfig) -> Path | None:
             continue
         _check_config(path, record["config"], described(config))
         return path
+    if found:
+        raise ValueError(
+            f"resume: expected a whole checkpoint in {config.run_dir}, got damaged ones alone, of "
+            f"the steps {found}; --overwrite begins again"
+        )
     return None
 
 
@@ -134,6 +145,18 @@ def recorded(path: epath.Path) -> dict[str, Any] | None:
     if not isinstance(record.get("config"), dict):
         raise ValueError(f"{path / RUN_FILE}: expected a run's config in it, got {sorted(record)}")
     return record["config"]
+
+
+def tidy(config: TrainConfig) -> None:
+    """Removes what was left of checkpoints as the run was killed while it wrote them.
+
+    Raises:
+        OSError: another process is writing one of them.
+    """
+    hidden = {path.stem.removeprefix(".") for path in config.run_dir.glob(".*.*")}
+    for step in sorted(hidden):
+        if step.isdecimal():
+            output.settle(config.run_dir / step)
 
 
 def steps(config: TrainConfig) -> list[int]:
@@ -208,22 +231,39 @@ def _write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     file.close()
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {str(path.relative_to(folder)): _described_file(path) for path in files}
+
+
+def _described_file(path: Path) -> dict[str, Any]:
+    """A file's size, and the CRC-32 of its blocks' CRC-32, which threads compute."""
+    size = path.stat().st_size
+    with ThreadPoolExecutor() as pool:
+        blocks = pool.map(functools.partial(_crc32, path), range(0, size, _BLOCK))
+        found = zlib.crc32(b"".join(block.to_bytes(4, "big") for block in blocks))
+    return {"bytes": size, "checksum": f"{found:08x}"}
+
+
+def _crc32(path: Path, start: int) -> int:
+    with path.open("rb") as file:
+        file.seek(start)
+        return zlib.crc32(file.read(_BLOCK))
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    """A checkpoint's record, if all files are there and as large as they were.
+    """A checkpoint's record, if all files are there and are what they were.
 
     Raises:
         OSError, ValueError: they are not.
     """
-    record = json.loads((path / RUN_FILE).read_text())
-    found = _sizes(path)
-    for name, size in record["files"].items():
-        if found.get(name) != size:
-            raise ValueError(f"{path / name}: expected {size} bytes, got {found.get(name)}")
+    record = json_file.read(path / RUN_FILE)
+    for key in ("config", "files"):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"{path / RUN_FILE}: expected {key} in it, got {sorted(record)}")
+    for name, expected in record["files"].items():
+        if (found := _described_file(path / name)) != expected:
+            raise ValueError(f"{path / name}: expected {expected}, got {found}")
     return record
 
 

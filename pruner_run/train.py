@@ -81,18 +81,24 @@ def _run(config: TrainConfig, devices: Devices) -> None:
         process_index=devices.process,
         process_count=devices.processes,
     )
-    trainer = devices.trainer(
-        config.model,
-        settings,
-        config.weights if found is None else None,
-        config.pytorch_compile,
-    )
-    if found is not None:
-        console.print(f"going on from {found}")
-        trainer.restore(run_checkpoint.load(found, config.model))
+    state = None if found is None else run_checkpoint.load(found, config.model)
+    # A state's own weights, as drawing others takes a minute for a model of the full size.
+    weights = config.weights if state is None else state.parameters
+    console.print(_beginning(config, found), soft_wrap=True)
+    trainer = devices.trainer(config.model, settings, weights, config.pytorch_compile)
+    if state is not None:
+        trainer.restore(state)
     assets = checkpoint_assets(config, stats)
     last = training_loop.run(config, trainer, data, start, assets, console, devices)
-    console.print(f"{config.run_dir / str(last)}")
+    console.print(f"{config.run_dir / str(last)}", soft_wrap=True)
+
+
+def _beginning(config: TrainConfig, found: Path | None) -> str:
+    if found is not None:
+        return f"going on from {found}"
+    if config.weights is None:
+        return "starting from random weights; --weight_path names a checkpoint to start from"
+    return f"starting from {config.weights}"
 
 
 def _check_batch(config: TrainConfig, devices: Devices) -> None:

@@ -140,6 +140,7 @@ def _writers(
     if config.overwrite and config.run_dir.exists():
         shutil.rmtree(config.run_dir)
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    run_checkpoint.tidy(config)
     return metrics.writers(config, run_checkpoint.described(config), start)
 
 
@@ -169,11 +170,7 @@ class _Log:
         for step, found in self._pending:
             values = {name: float(value) for name, value in found.items()}
             values["learning_rate"] = self._config.lr_schedule.learning_rate(step)
-            if not math.isfinite(values["loss"]):
-                raise ValueError(
-                    f"loss: expected a finite number in step {step}, got {values['loss']}; the "
-                    "last checkpoint is from before"
-                )
+            _check_finite(step, values)
             for writer in self._writers:
                 writer.write(step, values)
             if not self._warned:
@@ -185,6 +182,16 @@ class _Log:
         self._bar.update(self._task, description=line)
         if not self._bar.console.is_terminal:
             self._bar.console.print(f"step {step}: {line}", markup=False)
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises ValueError where a step went wrong; its norms show it before the next step's loss."""
+    for name in ("loss", "grad_norm", "param_norm"):
+        if not math.isfinite(found := values.get(name, 0.0)):
+            raise ValueError(
+                f"{name}: expected a finite number in step {step}, got {found}; the last "
+                "checkpoint is from before"
+            )
 
 
 def _line(values: Mapping[str, float], rate: float) -> str:

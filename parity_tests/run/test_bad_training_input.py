@@ -51,6 +51,10 @@ def refused(capsys, *arguments: str) -> str:
         ("--num_workers -1", "workers: expected 0 or more, got -1"),
         ("--freeze (", "freeze: expected regular expressions, got '('"),
         ("--weight_missing [", "weight_missing: expected regular expressions, got '['"),
+        (
+            "--model.token_prune_noise_scale 0.5",
+            "expected 0 in training, where --token_prune_noise_schedule takes its place; got 0.5",
+        ),
         ("--freeze .", "freeze: expected to leave some parameter to train"),
         ("--exp_name ../other", "exp_name: expected a name for a folder, got '../other'"),
         ("--exp_name ./", "exp_name: expected a name for a folder"),

@@ -196,7 +196,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert resumed.seen == [6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("damage", ["cut", "lost", "record"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "lost", "no JSON", "no record"])
 def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, caplog):
     run = config(tmp_path, save_interval=4, keep_period=4)
     train(run)
@@ -204,13 +204,38 @@ def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, caplog):
     if damage == "cut":
         state = newest / "train_state.safetensors"
         state.write_bytes(state.read_bytes()[:-1])
+    elif damage == "changed":
+        with next((newest / "params/d").iterdir()).open("r+b") as file:
+            byte = file.read(1)
+            file.seek(0)
+            file.write(bytes([byte[0] ^ 1]))
     elif damage == "lost":
         (newest / "config.json").unlink()
     else:
-        (newest / "run.json").write_text("{")
+        (newest / "run.json").write_text("{" if damage == "no JSON" else "{}")
     resumed, _ = train(dataclasses.replace(run, resume=True))
     assert "passing over a damaged checkpoint" in caplog.text
     assert resumed.seen == [9]
+
+
+def test_damaged_checkpoints_alone_are_no_run_to_begin_again(tmp_path):
+    run = config(tmp_path)
+    train(run)
+    (run.run_dir / "9" / "train_state.safetensors").write_bytes(b"")
+    expected = r"a whole checkpoint in .*, got damaged ones alone, of the steps \[9\]; --overwrite"
+    with pytest.raises(ValueError, match=expected):
+        train(dataclasses.replace(run, resume=True))
+    assert len(lines(run)) == 10
+
+
+def test_what_a_killed_save_has_left_is_removed(tmp_path):
+    """Of a step that is not saved again, so that no later save of it puts that in order."""
+    run = config(tmp_path)
+    partial = run.run_dir / ".3.incomplete" / "params"
+    partial.mkdir(parents=True)
+    (run.run_dir / ".3.lock").touch()
+    train(dataclasses.replace(run, resume=True))
+    assert sorted(path.name for path in run.run_dir.iterdir()) == ["9", "metrics.jsonl"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -266,6 +291,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     run = config(tmp_path)
     with pytest.raises(ValueError, match="expected a finite number in step 6, got nan"):
         train(run, Diverging())
+    assert run_checkpoint.steps(run) == [4]
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "param_norm"])
+def test_weights_that_are_not_finite_are_not_saved(name, tmp_path):
+    """The loss of the step that makes them is finite still."""
+
+    class Overflowing(Counter):
+        def step(self, batch):
+            return super().step(batch) | {name: float("inf") if batch.places[0] == 8 else 1.0}
+
+    run = config(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number in step 8, got inf"):
+        train(run, Overflowing())
     assert run_checkpoint.steps(run) == [4]
 
 
