@@ -65,9 +65,9 @@ class Model(Protocol):
         """The selection in the last sampled batch, of a model that prunes."""
         ...
 
-    def kept(self) -> dict[str, list[int]]:
-        """Patches kept in the last sampled batch, of a model that prunes: a number a sample, by
-        camera; cameras that no sample had are left out."""
+    def kept(self) -> dict[str, Bool[np.ndarray, "B N"]]:
+        """Which patches were kept in the last sampled batch, of a model that prunes, by camera;
+        cameras that no sample had are left out."""
         ...
 
     def stages(

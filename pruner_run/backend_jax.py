@@ -14,7 +14,6 @@ from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
-from pruner_spec.stats import kept_counts
 from pruner_spec.training import TrainingSettings
 
 _ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -113,10 +112,10 @@ class JaxModel:
             kept=np.asarray(selection.kept).reshape(encoded.patches.shape[:3]),
         )
 
-    def kept(self) -> dict[str, list[int]]:
+    def kept(self) -> dict[str, np.ndarray]:
         cameras, encoded, selection = self._model.record.last
         kept = np.asarray(selection.kept).reshape(encoded.patches.shape[:3])
-        return kept_counts(cameras, kept, np.asarray(selection.nonfinite))["kept_per_camera"]
+        return dict(zip(cameras, kept.swapaxes(0, 1), strict=True))
 
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int

@@ -11,7 +11,6 @@ from torch import distributed
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
-from pruner_spec.stats import kept_counts
 from pruner_spec.training import TrainingSettings
 from pruner_torch import checkpoint, sampling, sharding
 from pruner_torch.layers import wide
@@ -125,10 +124,10 @@ class TorchModel:
             kept=selection.kept.cpu().numpy().reshape(encoded.patches.shape[:3]),
         )
 
-    def kept(self) -> dict[str, list[int]]:
+    def kept(self) -> dict[str, np.ndarray]:
         cameras, encoded, selection = self._model.record.last
         kept = selection.kept.cpu().numpy().reshape(encoded.patches.shape[:3])
-        return kept_counts(cameras, kept, selection.nonfinite.cpu().numpy())["kept_per_camera"]
+        return dict(zip(cameras, kept.swapaxes(0, 1), strict=True))
 
     @torch.no_grad()
     def stages(

@@ -15,7 +15,7 @@ from pruner_run.client import RemotePolicy, api_key
 from pruner_run.eval_results import Results
 from pruner_run.policy_options import PolicyOptions
 from pruner_run.rollout import Actor, Episode, run_episode, run_episodes
-from pruner_run.rollout_video import Film, KeptPatches
+from pruner_run.rollout_video import Film
 from pruner_run.simulation.process import SimulatorProcess
 
 
@@ -82,7 +82,7 @@ def evaluate(options: Options, folder: Path, console: Console) -> Results:
     """Runs the episodes, a line each; videos go into the folder. Errors as `run`."""
     assert options.env is not None
     seeds = options.seeds or range(options.seed, options.seed + options.episodes)
-    with SimulatorProcess(options.env) as simulator, _actor(options) as (actor, kept_patches):
+    with SimulatorProcess(options.env) as simulator, _actor(options) as actor:
         spec = simulator.spec
         if actor is None and not spec.has_expert:
             raise ValueError(f"policy: expected one, as {spec.name} has no scripted expert")
@@ -92,7 +92,7 @@ def evaluate(options: Options, folder: Path, console: Console) -> Results:
                 film = None
                 if seed in seeds[: options.videos]:
                     path = folder / "videos" / f"{task}-{seed}.mp4"
-                    film = stack.enter_context(Film(path, spec, kept_patches))
+                    film = stack.enter_context(Film(path, spec))
                 return run_episode(
                     simulator, actor, task, seed, replan_steps=options.replan_steps, camera=film
                 )
@@ -112,16 +112,15 @@ def evaluate(options: Options, folder: Path, console: Console) -> Results:
 
 
 @contextlib.contextmanager
-def _actor(options: Options) -> Iterator[tuple[Actor | None, KeptPatches | None]]:
-    """The policy, None for the expert; and what says which patches it kept."""
+def _actor(options: Options) -> Iterator[Actor | None]:
+    """The policy; None for the expert."""
     if options.server is not None:
         with RemotePolicy(options.server, api_key=api_key(options.api_key)) as remote:
-            yield remote, None  # a server says how many patches it kept, not which
+            yield remote
     elif options.policy_dir is not None:
-        policy = options.load(options.policy_dir, options.policy_config)
-        yield policy, policy.kept_patches
+        yield options.load(options.policy_dir, options.policy_config)
     else:
-        yield None, None
+        yield None
 
 
 def _check(options: Options) -> None:

@@ -9,12 +9,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from pruner_run import backend as backends
+from pruner_run import kept_bits, observation_check
 from pruner_run.backend import Model, Pruned
 from pruner_run.configs import TrainConfig
 from pruner_run.data.examples import random_observation
@@ -37,6 +38,8 @@ from pruner_spec.randomness import UINT32_LIMIT, Stream, normal, stream_key
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Instructions up to about this many tokens meet a policy that is warm.
 _INSTRUCTION_TOKENS = 32
+# Of a normalised state's numbers: far beyond any robot's, far below where a model overflows.
+_LARGEST = 1e12
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +105,9 @@ class Policy:
         self._inputs = input_transforms(config.data, config.model, stats, tokenizer)
         self._outputs = output_transforms(config.data, config.model, stats)
         self._state_dims = self._robot.state_dims or (min(len(stats.state), self._action_dim),)
+        # Of generated data, without statistics, nothing says how long a state is.
+        is_open = config.data.fake and self._robot.state_dims is None
+        self._lengths = (None,) if is_open else self._state_dims
         self._answered = 0
         self.metadata: dict[str, Any] = {
             **config.policy_metadata,
@@ -121,28 +127,45 @@ class Policy:
     def _action_dim(self) -> int:
         return self.config.model.action_dim
 
+    @overload
+    def infer(
+        self, observation: Mapping[str, Any], *, noise: Float[np.ndarray, "H A"] | None = None
+    ) -> dict[str, Any]: ...
+
+    @overload
     def infer(
         self,
-        observation: Mapping[str, Any],
+        observation: Sequence[Mapping[str, Any]],
         *,
-        noise: Float[np.ndarray, "H A"] | None = None,
-    ) -> dict[str, Any]:
+        noise: Float[np.ndarray, "B H A"] | None = None,
+    ) -> list[dict[str, Any]]: ...
+
+    def infer(
+        self,
+        observation: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        noise: Float[np.ndarray, "*batch H A"] | None = None,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
         """Actions for what a robot sees.
 
         Args:
-            observation: openpi's dictionary for the robot, nested or with "/" in its keys.
+            observation: openpi's dictionary for the robot, nested or with "/" in its keys; or
+                several, as `infer_batch` takes them.
             noise: that the actions are denoised from, standard normal; drawn if not given.
 
         Returns:
             actions: [H, A], the robot's own, absolute and in its units.
             policy_timing: milliseconds: preprocess_ms, infer_ms (the model), postprocess_ms; and
                 the batch_size that the model saw.
-            pruning: patches kept, by camera and in all, and how many there were.
+            pruning: patches kept, by camera and in all, and how many there were; of a model that
+                prunes also which, see `kept_bits.kept_patches`.
 
         Raises:
             ValueError: something is missing in the observation or does not fit, or the model's
                 actions are not finite.
         """
+        if isinstance(observation, Sequence):
+            return self.infer_batch(observation, noise=noise)
         given = None if noise is None else np.asarray(noise)[None]
         return self.act([self.prepare(observation)], given)[0]
 
@@ -158,9 +181,15 @@ class Policy:
     def prepare(self, observation: Mapping[str, Any]) -> Prepared:
         """The input transforms. Errors as `infer`."""
         started = time.perf_counter()
+        if not isinstance(observation, Mapping):
+            found = type(observation).__name__
+            raise ValueError(f"observation: expected a dictionary, got {found}")
         sample = {key: each for key, each in flatten(observation).items() if key != "actions"}
-        self._check(sample)
-        return Prepared(apply(self._inputs, sample), _milliseconds(started))
+        observation_check.check(sample, self._robot, self._lengths)
+        inputs = apply(self._inputs, sample)
+        if np.abs(inputs["state"]).max() > _LARGEST:
+            raise ValueError(f"state: expected normalised numbers up to {_LARGEST:g}, got larger")
+        return Prepared(inputs, _milliseconds(started))
 
     def act(
         self,
@@ -211,13 +240,6 @@ class Policy:
         observation = _stacked([self.prepare(self.example())])
         return self._model.stages(observation, self._zeros(1), self._num_steps)
 
-    def kept_patches(self) -> dict[str, Bool[np.ndarray, "N"]]:
-        """Which patches the last answer of `infer` was made from, by camera; of a model that does
-        not prune, nothing."""
-        if not self.config.model.prunes_at_inference:
-            return {}
-        return dict(zip(self._model.kept(), self._model.pruned().kept[0], strict=True))
-
     def example(self) -> dict[str, Any]:
         """A random observation of the robot's, with the shortest of instructions."""
         return random_observation(self.metadata, np.random.default_rng(0), prompt="")
@@ -234,25 +256,6 @@ class Policy:
         longest = min(shortest + _INSTRUCTION_TOKENS, most)
         ends = {bucket(length, PROMPT_BUCKETS, most) for length in range(shortest, longest + 1)}
         return sorted(ends)
-
-    def _check(self, sample: Sample) -> None:
-        """Raises a ValueError for states and prompts that the transforms would take in silence."""
-        for key, length in zip(self._robot.state, self._state_dims, strict=True):
-            if key not in sample:
-                continue  # the transforms say what is missing
-            values = np.atleast_1d(np.asarray(sample[key]))
-            if values.dtype.kind not in "iuf" or values.ndim != 1:
-                raise ValueError(
-                    f"{key}: expected a vector of numbers, got {list(values.shape)} of "
-                    f"{values.dtype}"
-                )
-            if self._robot.state_dims and len(values) != length:
-                raise ValueError(f"{key}: expected {length} numbers, got {len(values)}")
-            if not np.isfinite(values).all():
-                raise ValueError(f"{key}: expected finite numbers, got {values.tolist()}")
-        prompt = np.asarray(sample.get("prompt", ""))
-        if prompt.dtype.kind != "U" or prompt.size != 1:
-            raise ValueError(f"prompt: expected a text, got {list(prompt.shape)} of {prompt.dtype}")
 
     def _draw(self, count: int) -> np.ndarray:
         """Noise for the next answers."""
@@ -284,10 +287,10 @@ class Policy:
                 "postprocess_ms": _milliseconds(started),
                 "batch_size": count,
             }
-            pruning = self._pruning(
-                {c: counts[row] for c, counts in kept.items() if each.inputs[f"image_mask/{c}"]}
+            shown = {c: rows[row] for c, rows in kept.items() if each.inputs[f"image_mask/{c}"]}
+            answers.append(
+                {"actions": robots, "policy_timing": timing, "pruning": self._pruning(shown)}
             )
-            answers.append({"actions": robots, "policy_timing": timing, "pruning": pruning})
         return answers
 
     def _robots_actions(self, prepared: Prepared, actions: np.ndarray) -> np.ndarray:
@@ -296,17 +299,21 @@ class Policy:
         given = {"state": prepared.inputs["state"], "actions": actions.astype(np.float64)}
         return apply(self._outputs, given)["actions"]
 
-    def _kept(self, observation: Observation) -> dict[str, list[int]]:
-        """Patches kept, a number a sample, by camera."""
+    def _kept(self, observation: Observation) -> dict[str, Bool[np.ndarray, "B N"]]:
+        """Which patches were kept, by camera."""
         if self.config.model.prunes_at_inference:
             return self._model.kept()
-        patches = self.config.model.vision.num_patches
-        masks = {c: mask for c, mask in observation.image_masks.items() if mask.any()}
-        return {camera: (patches * mask).tolist() for camera, mask in masks.items()}
+        shape = (observation.batch_size, self.config.model.vision.num_patches)
+        return {camera: np.ones(shape, bool) for camera in observation.image_masks}
 
-    def _pruning(self, kept: Mapping[str, int]) -> dict[str, Any]:
-        total = len(kept) * self.config.model.vision.num_patches
-        return {"kept": dict(kept), "kept_total": sum(kept.values()), "patches": total}
+    def _pruning(self, kept: Mapping[str, Bool[np.ndarray, "N"]]) -> dict[str, Any]:
+        """What an answer says of it, in which no array may be: openpi's broker would cut it."""
+        counts = {camera: int(each.sum()) for camera, each in kept.items()}
+        patches = len(kept) * self.config.model.vision.num_patches
+        said = {"kept": counts, "kept_total": sum(counts.values()), "patches": patches}
+        if not self.config.model.prunes_at_inference:
+            return said
+        return said | {kept_bits.KEY: {c: kept_bits.packed(each) for c, each in kept.items()}}
 
 
 def load(

@@ -1,37 +1,28 @@
 """A film of an episode: what the cameras saw, with the patches lit that the policy last kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
 from pruner_run.data.video import BROWSER_ENCODING, VideoWriter
+from pruner_run.kept_bits import kept_patches
 from pruner_run.picture import CELL, INK, PAPER, light_up
 from pruner_run.simulation.environment import EnvironmentSpec, Observation, Step
 
 _CAPTION = 32  # pixels below the images
 
-KeptPatches = Callable[[], Mapping[str, Bool[np.ndarray, "N"]]]
-
 
 class Film:
     """An mp4 file, a frame a step, the cameras side by side. Use it as a context."""
 
-    def __init__(self, path: Path, spec: EnvironmentSpec, kept_patches: KeptPatches | None) -> None:
-        """Opens the file.
-
-        Args:
-            path: the mp4 file.
-            spec: of the environment.
-            kept_patches: the policy's choice for what it saw last, by camera; None where nobody
-                says, and all is lit.
-        """
+    def __init__(self, path: Path, spec: EnvironmentSpec) -> None:
+        """Opens the file; `spec` is the environment's."""
         size = {"height": CELL + _CAPTION, "width": CELL * len(spec.cameras)}
         self._video = VideoWriter(path, fps=spec.fps, encoding=BROWSER_ENCODING, **size)
-        self._spec, self._kept_patches = spec, kept_patches
+        self._spec = spec
         self._kept: Mapping[str, np.ndarray] = {}
         self._answer, self._steps = "", 0
         self._start: Observation | None = None
@@ -40,8 +31,7 @@ class Film:
         self._start = observation  # drawn once the policy has chosen among its patches
 
     def answered(self, answer: Mapping[str, Any]) -> None:
-        if self._kept_patches is not None:
-            self._kept = self._kept_patches()
+        self._kept = kept_patches(answer)
         if "pruning" in answer:
             pruning = answer["pruning"]
             self._answer = f"{pruning['kept_total']} of {pruning['patches']} patches kept"

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from pruner_run.kept_bits import packed
 from pruner_run.simulation.environment import EnvironmentSpec, Step, check_action
 from pruner_spec.config import CAMERAS
 
@@ -114,5 +115,7 @@ class Actor:
         actions = np.empty(self._shape)
         actions[:] = self._first * (len(self.seen) + 0.1 * np.arange(self._shape[0])[:, None])
         self.seen.append(observation)
-        pruning = {"kept": {"base_0_rgb": 5}, "kept_total": 4 + len(self.seen), "patches": 512}
+        bits = {"base_0_rgb": packed(np.arange(256) < 5)}
+        pruning = {"kept": {"base_0_rgb": 5}, "kept_total": 4 + len(self.seen), "patches": 256}
+        pruning["kept_bits"] = bits
         return {"actions": actions, "policy_timing": {}, "pruning": pruning}

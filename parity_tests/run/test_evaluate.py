@@ -11,7 +11,9 @@ from parity_tests.run.simulators import SPEC, Actor, Counter
 from parity_tests.tolerances import tolerance
 from pruner_run import cli, eval_results
 from pruner_run.data.lerobot import LeRobotDataset
+from pruner_run.data.video import read_frames
 from pruner_run.eval_results import Results
+from pruner_run.kept_bits import packed
 from pruner_run.rollout import Episode
 
 
@@ -31,6 +33,11 @@ class Served(EchoPolicy):
     def prepare(self, observation):
         assert observation["image/base_0_rgb"].shape == (224, 224, 3)
         return super().prepare({"marker": 1})
+
+    def act(self, prepared):
+        bits = {"base_0_rgb": packed(np.arange(16) < 4)}
+        answers = super().act(prepared)
+        return [each | {"pruning": each["pruning"] | {"kept_bits": bits}} for each in answers]
 
 
 @pytest.fixture(autouse=True)
@@ -181,13 +188,9 @@ def test_a_policy_in_this_process(tmp_path, monkeypatch, capsys):
     """The options reach `policy.load`, and its answers are counted."""
     given = {}
 
-    class Policy(Actor):
-        def kept_patches(self):
-            return {SPEC.cameras[0]: np.arange(256) < 5}
-
     def load(place, config, backend, **options):
         given.update(options, place=place, config=config, backend=backend)
-        return Policy(config="x", secret="y")
+        return Actor(config="x", secret="y")
 
     monkeypatch.setattr("pruner_run.policy.load", load)
     line = "eval --env counter --policy.dir place --policy.config name --backend torch --seeds 3"
@@ -200,11 +203,17 @@ def test_a_policy_in_this_process(tmp_path, monkeypatch, capsys):
     assert [episode.tokens_kept for episode in results.episodes] == [[5, 6], [7, 8]]
 
 
-def test_a_server_over_the_websocket(tmp_path, capsys):
+def test_a_server_over_the_websocket(tmp_path):
+    """It says which patches it kept, so that they are lit as in this process."""
     with serving(Served()) as server:
         line = ["eval", "--env", "counter", "--server", server.address, "--episodes", "2"]
-        cli.main([*line, "--output", str(tmp_path / "out")])
+        cli.main([*line, "--videos", "1", "--output", str(tmp_path / "out")])
         results = eval_results.read_results(tmp_path / "out")
+    [start] = read_frames(tmp_path / "out/videos/first-0.mp4", start=0, count=1, fps=SPEC.fps)
+    outlined = start[:336].max(axis=-1) > 128  # the images themselves are black
+    assert outlined[84:90, :336].any()  # below the first of four rows
+    outlined[80:95, :345] = False
+    assert not outlined[:336].any()
     assert [episode.success for episode in results.episodes] == [True] * 4
     assert results.policy["name"] == server.address
     assert all(ms > 0 for episode in results.episodes for ms in episode.infer_ms)

@@ -27,6 +27,7 @@ from pruner_run import policy as policies
 from pruner_run import run_checkpoint
 from pruner_run.assets import DEMO_TOKENIZER
 from pruner_run.data.transforms import apply, input_transforms
+from pruner_run.kept_bits import kept_patches
 from pruner_run.tokenizer import load_tokenizer
 from pruner_spec.config import CAMERAS
 from pruner_spec.parameters import random_parameters
@@ -95,6 +96,7 @@ def test_nested_dictionaries_and_missing_cameras():
     expected = policy.infer(flat, noise=noise)
     found = policy.infer(nested, noise=noise)
     np.testing.assert_array_equal(found["actions"], expected["actions"])
+    assert found["pruning"] == expected["pruning"]
     del nested["images"]["cam_left_wrist"]
     kept = policy.infer(nested)["pruning"]
     assert kept == {
@@ -234,11 +236,17 @@ def test_a_policy_of_a_model(backend, loaded):
     bound = tolerance("policy actions", "float32")
     assert error(answers[2]["actions"], alone["actions"]) < bound
     assert error(answers[0]["actions"], alone["actions"]) > bound
-    assert alone["pruning"] == {
+    pruning = {**alone["pruning"]}
+    assert [*pruning.pop("kept_bits")] == ["base_0_rgb", "left_wrist_0_rgb"]
+    assert pruning == {
         "kept": {"base_0_rgb": 5, "left_wrist_0_rgb": 5},
         "kept_total": 10,
         "patches": 32,
     }
+    chosen = policy.choose(policy.prepare(observation))
+    kept = kept_patches(alone)
+    np.testing.assert_array_equal(np.stack([*kept.values()]), chosen.pruned.kept[0])
+    assert kept_patches({"pruning": policy._pruning({})}) == {}
     timing = alone["policy_timing"]
     assert timing.keys() == {"preprocess_ms", "infer_ms", "postprocess_ms", "batch_size"}
     assert min(timing.values()) > 0
@@ -348,9 +356,65 @@ def test_checkpoints_and_configs_that_do_not_fit(checkpoints, tmp_path, monkeypa
 def test_the_pruners_own_selection_is_reported():
     class Voting(EchoModel):
         def kept(self):
-            return {"base_0_rgb": [3, 3], "left_wrist_0_rgb": [1, 2]}
+            counts = {"base_0_rgb": [3, 3], "left_wrist_0_rgb": [1, 2]}
+            return {
+                camera: np.arange(16) < np.array(each)[:, None] for camera, each in counts.items()
+            }
 
     policy = echo_policy(pruned(LIBERO), model=Voting(), max_batch=2)
     answers = policy.infer_batch([policy.example()] * 2)
     assert [each["pruning"]["kept_total"] for each in answers] == [4, 5]
     assert policy.metadata["pruning"]["keep_tokens"] is None
+    assert {camera: each.sum() for camera, each in kept_patches(answers[1]).items()} == {
+        "base_0_rgb": 3,
+        "left_wrist_0_rgb": 2,
+    }
+    answers[0]["pruning"]["kept_bits"]["base_0_rgb"] = b"1"
+    with pytest.raises(ValueError, match="expected bytes for 16 patches, got 1 bytes"):
+        kept_patches(answers[0])
+
+
+def test_several_observations_in_one_call():
+    one, other = echo_policy(LIBERO, max_batch=2), echo_policy(LIBERO, max_batch=2)
+    example = one.example()
+    for found, expected in zip(
+        one.infer([example] * 3), other.infer_batch([example] * 3), strict=True
+    ):
+        np.testing.assert_array_equal(found["actions"], expected["actions"])
+    assert one.infer([]) == []
+
+
+PIXELS = np.zeros((224, 224, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "said"),
+    [
+        (LIBERO, {"observation/image": 255 * (PIXELS + 1)}, r"floats in \[0, 1\], got 255 to 255"),
+        (LIBERO, {"observation/image": PIXELS - 1}, r"floats in \[0, 1\], got -1 to -1"),
+        (LIBERO, {"observation/image": PIXELS * np.nan}, r"observation/image: .* got nan to nan"),
+        (LIBERO, {"observation/image": [[1], [2, 3]]}, "observation/image: expected an array, got"),
+        (LIBERO, {"observation/state": [[1], [2, 3]]}, "observation/state: expected an array, got"),
+        (LIBERO, {"observation/state": np.full(8, 1e39)}, "state: expected normalised numbers up"),
+        (LIBERO, {"image_mask/base_0_rgb": [True, False]}, "image_mask/base_0_rgb: expected True"),
+        (LIBERO, {"prompt": "a" * 10_001}, "prompt: expected at most 10000 characters, got 10001"),
+        (LIBERO, {"prompt": ["a", "b"]}, "prompt: expected one text, got 2"),
+        (PLAIN, {"state": np.zeros(4)}, "state: expected 5 numbers, got 4"),
+        (PLAIN, {"state": [0, 0, 0, 0, np.inf]}, "state: expected finite numbers, got 1 .*: inf"),
+    ],
+)
+def test_what_transforms_would_take_in_silence(config, change, said):
+    policy = echo_policy(config)
+    with pytest.raises(ValueError, match=said):
+        policy.infer(policy.example() | change)
+
+
+def test_an_observation_that_is_none():
+    with pytest.raises(ValueError, match="observation: expected a dictionary, got ndarray"):
+        echo_policy(LIBERO).infer(np.zeros(3))
+
+
+def test_images_may_be_a_little_beyond_their_range():
+    """As interpolation leaves them."""
+    policy = echo_policy(LIBERO)
+    policy.infer(policy.example() | {"observation/image": PIXELS - 0.01})
