@@ -15,7 +15,13 @@ KEY_VARIABLE = "PRUNER_API_KEY"
 
 
 def api_key(given: str | None) -> str | None:
-    """The key that is given, or else the environment's, if there is one."""
+    """The key that is given, or else the environment's, if there is one.
+
+    Raises:
+        ValueError: it is empty, as where a variable was meant that is not set.
+    """
+    if given == "":
+        raise ValueError("api_key: expected a key, got an empty text")
     return given or os.environ.get(KEY_VARIABLE) or None
 
 

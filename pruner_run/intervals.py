@@ -35,7 +35,9 @@ class Share:
         n, p, zz = self.trials, self.value, _Z**2
         middle = (p + zz / (2 * n)) / (1 + zz / n)
         half = _Z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        low = middle - half if self.successes else 0.0  # exactly, as rounding would not have it
+        high = middle + half if self.successes < n else 1.0
+        return low, high
 
 
 def difference_interval(first: Share, second: Share) -> tuple[float, float]:

@@ -2,9 +2,11 @@
 
 An array is {b"__ndarray__": True, b"data", b"dtype", b"shape"}, a scalar {b"__npgeneric__": True,
 b"data", b"dtype"}. What comes from a network is believed in nothing: an array has a plain dtype and
-exactly the bytes that its shape needs, and nothing is ever unpickled.
+exactly the bytes that its shape needs, and nothing is ever unpickled. A map or a list of a byte
+becomes some hundred in Python, so that their number and lengths are limited too.
 """
 
+import itertools
 import math
 import re
 import reprlib
@@ -14,6 +16,9 @@ import msgpack
 import numpy as np
 
 MAX_DEPTH = 8  # of maps and lists in each other
+MAX_NESTED = 1000  # maps and lists in a message, arrays and scalars among them
+MAX_LENGTH = 4096  # of a map or a list
+MAX_KEY = 200  # characters
 _MAX_DIMENSIONS = 8
 
 # Booleans, integers, floats and texts, of any byte order.
@@ -39,10 +44,18 @@ def unpack(data: bytes) -> Any:
     """The message in some bytes; its arrays are views of them, which cannot be written to.
 
     Raises:
-        MessageError: they hold something else.
+        MessageError: they hold something else, or more than a robot has to say.
     """
+    numbers = itertools.count(1)
+
+    def counted(found: Any) -> Any:
+        if next(numbers) > MAX_NESTED:
+            raise MessageError(f"message: expected at most {MAX_NESTED} maps and lists, got more")
+        return _unpacked(found) if isinstance(found, dict) else found
+
+    limits = {"max_map_len": MAX_LENGTH, "max_array_len": MAX_LENGTH}
     try:
-        message = msgpack.unpackb(data, object_hook=_unpacked)
+        message = msgpack.unpackb(data, object_hook=counted, list_hook=counted, **limits)
         _check(message, MAX_DEPTH)
     except MessageError:
         raise
@@ -113,6 +126,8 @@ def _check(value: Any, depth: int) -> None:
             raise MessageError(f"message: expected at most {MAX_DEPTH} levels, got more")
         if isinstance(value, dict) and (other := [key for key in value if type(key) is not str]):
             raise MessageError(f"message: expected texts as keys, got {reprlib.repr(other[0])}")
+        if isinstance(value, dict) and any(len(key) > MAX_KEY for key in value):
+            raise MessageError(f"message: expected keys of up to {MAX_KEY} characters, got longer")
         for each in value.values() if isinstance(value, dict) else value:
             _check(each, depth - 1)
     elif not isinstance(value, bool | int | float | str | bytes | np.ndarray | np.generic | None):

@@ -28,7 +28,7 @@ from pruner_run.data.transforms import (
     input_transforms,
     output_transforms,
 )
-from pruner_run.policy_source import open_policy_source
+from pruner_run.policy_source import local, open_policy_source
 from pruner_run.tokenizer import PromptTokenizer, load_tokenizer
 from pruner_spec.buckets import PROMPT_BUCKETS, bucket
 from pruner_spec.config import CAMERAS, Pi0Config
@@ -337,7 +337,8 @@ def load(
     """A policy from a checkpoint.
 
     Args:
-        checkpoint_dir: of a run of ours, openpi's JAX or PyTorch one, or LeRobot's π0.5 folder.
+        checkpoint_dir: of a run of ours, openpi's JAX or PyTorch one, or LeRobot's π0.5 folder; of
+            a "gs://..." of openpi's, what openpi's cache has.
         config: a training config or its name; None for what the checkpoint says itself.
         backend: "auto" for the framework that the weights were written by where it is installed,
             and else for the other.
@@ -358,6 +359,7 @@ def load(
         ValueError: the checkpoint is none or is not the config's, has no such statistics, or an
             argument does not fit.
     """
+    checkpoint_dir = local(checkpoint_dir)
     source = open_policy_source(checkpoint_dir, config, asset_id)
     data, model = source.config.data, source.config.model
     if robot is not None and data.robot != robot:

@@ -6,6 +6,7 @@ relative to its state, and were taken for absolute ones, would do harm.
 """
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +20,12 @@ from pruner_run import configs, run_checkpoint
 from pruner_run.configs import TrainConfig
 from pruner_run.data.config import DataConfig
 from pruner_run.data.normalization import NormStats
+from pruner_run.tokenizer import openpi_cache
 from pruner_spec.config import Pi0Config
 
 # Of a run's model, what its weights do not say.
 _SETTINGS = ("dtype", *(f.name for f in dataclasses.fields(Pi0Config) if "token_prun" in f.name))
+_BUCKETS = "gs://"
 _OPEN = ("action_horizon", "max_token_len", "discrete_state_input")
 
 
@@ -73,6 +76,27 @@ def open_policy_source(
         framework="jax" if source.is_orbax else "torch",
         config=chosen,
         stats=_stats(source, chosen),
+    )
+
+
+def local(checkpoint_dir: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Where a checkpoint is: as it is given, or, of a bucket, where openpi's cache has it.
+
+    Raises:
+        FileNotFoundError: it is in a bucket, is not in the cache, and cannot be read from there;
+            has the command that gets it.
+    """
+    given = os.fspath(checkpoint_dir).rstrip("/")
+    if not given.startswith(_BUCKETS):
+        return checkpoint_dir
+    folder = openpi_cache() / given.removeprefix(_BUCKETS)
+    if folder.exists():
+        return folder
+    if importlib.util.find_spec("gcsfs") is not None:
+        return checkpoint_dir
+    raise FileNotFoundError(
+        f"{folder}: expected the checkpoint {given}, found none. To get it, once: "
+        f"mkdir -p {folder.parent} && gcloud storage cp -r {given} {folder.parent}"
     )
 
 

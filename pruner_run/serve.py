@@ -7,21 +7,18 @@ import signal
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.logging import RichHandler
 
 from pruner_run.client import api_key
 from pruner_run.data.robots import RobotName
 from pruner_run.policy import Policy
 from pruner_run.policy_options import PolicyOptions
 from pruner_run.server import PolicyServer, ServerSettings
-from pruner_run.tokenizer import openpi_cache
 
-# openpi's, by environment: the training config and where the checkpoint is downloaded from.
+# openpi's, by environment: the training config and the checkpoint.
 _DEFAULTS = {
-    "ALOHA": ("pi05_aloha", "openpi-assets/checkpoints/pi05_base"),
-    "DROID": ("pi05_droid", "openpi-assets/checkpoints/pi05_droid"),
-    "LIBERO": ("pi05_libero", "openpi-assets/checkpoints/pi05_libero"),
+    "ALOHA": ("pi05_aloha", "gs://openpi-assets/checkpoints/pi05_base"),
+    "DROID": ("pi05_droid", "gs://openpi-assets/checkpoints/pi05_droid"),
+    "LIBERO": ("pi05_libero", "gs://openpi-assets/checkpoints/pi05_libero"),
 }
 _ROBOTS: dict[str | None, RobotName | None] = {
     None: None,
@@ -98,11 +95,8 @@ def run(options: Options) -> None:
         ValueError: the checkpoint, or what is asked of it, does not fit.
         OSError: a file is missing, or the port is taken.
     """
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(highlight=False, stderr=True))],
-    )
+    # Plain, for what collects logs; a handler that lays lines out would hold up the event loop.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)
     settings = _settings(options)
     policy = _policy(options)
@@ -149,22 +143,11 @@ def _policy(options: Options) -> Policy:
 
 
 def _default_checkpoint(env: str | None) -> Checkpoint:
-    """openpi's checkpoint for an environment, from the folder that openpi downloads to.
-
-    Raises:
-        ValueError: no environment is named.
-        FileNotFoundError: it has not been downloaded; has the command.
-    """
+    """openpi's checkpoint for an environment; raises a ValueError if none is named."""
     if env is None:
         raise ValueError(
             "policy: expected 'policy:checkpoint --policy.dir DIR', or --env for openpi's "
             f"checkpoint of {', '.join(_DEFAULTS)}; got neither"
         )
     config, place = _DEFAULTS[env]
-    folder = openpi_cache() / place
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"{folder}: expected openpi's checkpoint for {env}, found none. To get it, once: "
-            f"mkdir -p {folder.parent} && gcloud storage cp -r gs://{place} {folder.parent}"
-        )
-    return Checkpoint(dir=str(folder), config=config)
+    return Checkpoint(dir=place, config=config)

@@ -13,6 +13,7 @@ import hmac
 import http
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from pruner_run.server_metrics import CONTENT_TYPE, ServerMetrics
 
 _THREADS = 2  # that prepare observations
 _GRACE = 15.0  # seconds for what runs, once the server is told to stop
+_MAX_SAID = 500  # of an error, in characters: what was sent may be in it
 _MAX_REASON = 100  # of a close frame, in characters; a frame has room for 123 bytes
 
 logger = logging.getLogger(__name__)
@@ -126,6 +128,7 @@ class PolicyServer:
                 settings.host,
                 settings.port,
                 process_request=self._process_request,
+                origins=[None],  # no web page may move the robot of who looks at it
                 compression=None,
                 max_size=settings.max_message_bytes,
                 max_queue=1,  # messages of a client that are held while it is answered
@@ -226,8 +229,8 @@ class PolicyServer:
             return {}
         except Exception as error:
             self._metrics.refused("error")
-            logger.exception("%s: a request failed", connection.remote_address)
             line = _said(error)
+            logger.error("%s: a request failed\n%s", connection.remote_address, _traceback(error))
             await connection.send(line)
             await connection.close(CloseCode.INTERNAL_ERROR, line[:_MAX_REASON])
             return {}
@@ -263,9 +266,17 @@ class PolicyServer:
 
 def _said(error: Exception) -> str:
     """An error as one line for a client: what it did wrong, and of our own faults only the name."""
-    if isinstance(error, ValueError):
-        return "error: " + " ".join(str(error).split())
-    return f"error: {type(error).__name__} in the server; its log says more"
+    if not isinstance(error, ValueError):
+        return f"error: {type(error).__name__} in the server; its log says more"
+    return "error: " + " ".join(_cut(str(error)).split())
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(_cut(part) for part in traceback.format_exception(error))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SAID else f"{text[:_MAX_SAID]} ...\n"
 
 
 def _milliseconds(started: float) -> float:

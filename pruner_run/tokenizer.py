@@ -6,6 +6,7 @@ newline. The formats, down to their spaces, are openpi's: the released checkpoin
 
 import logging
 import os
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import sentencepiece
 from jaxtyping import Bool, Float, Int, Int32
 
 from pruner_run.assets import DEMO_TOKENIZER
+from pruner_run.files import write_atomically
 from pruner_spec.config import Pi0Config
 
 PAD_ID = 0
@@ -20,6 +22,7 @@ STATE_BINS = 256
 
 _URL = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 _IN_CACHE = "big_vision/paligemma_tokenizer.model"
+_PATIENCE = 30.0  # seconds without a byte of the download
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +36,15 @@ def load_tokenizer(path: str | Path | None, model: Pi0Config) -> "PromptTokenize
     """A model's tokenizer.
 
     Args:
-        path: a SentencePiece model; None for PaliGemma's, from openpi's cache.
+        path: a SentencePiece model; None for PaliGemma's, from openpi's cache, into which it is
+            downloaded where it is not there.
         model: whose prompts it makes.
 
     Raises:
         FileNotFoundError: there is no such file; the message says how to get PaliGemma's.
         ValueError: it is another file, or has more tokens than the model.
     """
-    path = openpi_cache() / _IN_CACHE if path is None else path
+    path = _paligemmas() if path is None else path
     tokenizer = PromptTokenizer(path, max_len=model.max_token_len)
     rows = model.paligemma.vocab_size
     if tokenizer.vocab_size > rows:
@@ -49,6 +53,24 @@ def load_tokenizer(path: str | Path | None, model: Pi0Config) -> "PromptTokenize
             f"{tokenizer.vocab_size} in {path}"
         )
     return tokenizer
+
+
+def _paligemmas() -> Path:
+    """PaliGemma's tokenizer in openpi's cache; where it is not there and cannot be got, its place,
+    of which `PromptTokenizer` says what to do."""
+    path = openpi_cache() / _IN_CACHE
+    if path.is_file():
+        return path
+    logger.info("downloading %s to %s", _URL, path)
+    try:
+        with urllib.request.urlopen(_URL, timeout=_PATIENCE) as response:
+            data = response.read()
+        sentencepiece.SentencePieceProcessor(model_proto=data)  # not some proxy's page
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    except (OSError, RuntimeError) as error:
+        logger.warning("%s cannot be downloaded: %s", _URL, error)
+    return path
 
 
 def digitize_state(state: Float[np.ndarray, "A"]) -> Int[np.ndarray, "A"]:

@@ -10,6 +10,12 @@ import pytest
 from pruner_run import compute_norm_stats
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_downloaded(monkeypatch):
+    """At this port of loopback nobody listens."""
+    monkeypatch.setattr("pruner_run.tokenizer._URL", "http://127.0.0.1:9/paligemma_tokenizer.model")
+
+
 @pytest.fixture(scope="session")
 def openpi_client(tmp_path_factory):
     """openpi's own client.

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import tracemalloc
 
 import msgpack
 import numpy as np
@@ -132,6 +133,9 @@ def test_arrays_that_are_none(change, found):
         (msgpack.ExtType(5, b"abc"), "message: expected no ExtType"),
         (msgpack.Timestamp(5), "message: expected no Timestamp"),
         ([[[[[[[[[1]]]]]]]]], "message: expected at most 8 levels, got more"),
+        ([[]] * 1000, "message: expected at most 1000 maps and lists, got more"),
+        ({"state": [0] * 4097}, "4097 exceeds max_array_len(4096)"),
+        ({"a" * 201: 1}, "message: expected keys of up to 200 characters, got longer"),
         ({b"__npgeneric__": True, b"data": [1], b"dtype": "<i4"}, "scalar: expected a value"),
         ({b"__npgeneric__": True, b"data": 300, b"dtype": "|i1"}, "expected msgpack"),
         ({b"__npgeneric__": True, b"data": "a", b"dtype": "<f4"}, "scalar: expected a value"),
@@ -141,6 +145,20 @@ def test_messages_that_are_none(message, found):
     with pytest.raises(MessageError) as error:
         unpack(msgpack.packb(message))
     assert found in str(error.value)
+
+
+@pytest.mark.parametrize("byte", [b"\x80", b"\x90", b"\xc0"])
+@pytest.mark.parametrize("rows", [1, 4096])
+def test_a_small_message_is_not_made_large(byte, rows):
+    """Of maps, lists or nothing, a byte each, a message would become a hundred times its size."""
+    row = b"\xdd" + (4096).to_bytes(4, "big") + byte * 4096
+    data = b"\xdd" + rows.to_bytes(4, "big") + row * rows
+    tracemalloc.start()
+    with contextlib.suppress(MessageError):
+        unpack(data)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 64 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,19 @@ def test_what_needs_a_download_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
     said = refused(["serve", "--env", "LIBERO"], capsys)
     folder = tmp_path / "openpi-assets/checkpoints"
-    assert f"{folder / 'pi05_libero'}: expected openpi's checkpoint for LIBERO" in said
-    assert f"gcloud storage cp -r gs://openpi-assets/checkpoints/pi05_libero {folder}" in said
+    place = "gs://openpi-assets/checkpoints/pi05_libero"
+    assert f"{folder / 'pi05_libero'}: expected the checkpoint {place}, found none" in said
+    assert f"mkdir -p {folder} && gcloud storage cp -r {place} {folder}" in said
+    line = ["serve", "policy:checkpoint", "--policy.config=pi05_libero", f"--policy.dir={place}/"]
+    assert refused(line, capsys) == said
+    (folder / "pi05_libero").mkdir(parents=True)
+    assert f"{folder / 'pi05_libero'}: expected one checkpoint" in refused(line, capsys)
     assert "got neither" in refused(["serve"], capsys)
 
 
 def test_what_does_not_fit(capsys):
     place = ["policy:checkpoint", "--policy.dir", "/nothing"]
+    assert "api_key: expected a key" in refused(["serve", *place, "--api_key", ""], capsys)
     assert "expected a checkpoint" in refused(["serve", *place], capsys)
     assert "port: expected 0..65535" in refused(["serve", *place, "--port", "-1"], capsys)
 

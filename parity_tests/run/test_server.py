@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import websockets.sync.client
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from parity_tests.run.servers import EchoPolicy, ServerProcess, serving
 from parity_tests.tolerances import tolerance
@@ -114,6 +114,26 @@ def test_errors_are_one_line_and_the_log_has_the_rest(data, said, caplog):
         assert (code, reason) == (1011, text[:100])
     assert "Traceback" in caplog.text or any(record.exc_info for record in caplog.records)
     assert ("a secret" in caplog.text) == ("RuntimeError" in said)
+
+
+def test_errors_are_short_whatever_was_sent(caplog):
+    """A client could have filled the log, and held up the others while it was written."""
+    with serving(EchoPolicy()) as server:
+        text, *_ = error_of(server.address, pack({f"{n:0200d}": n for n in range(4000)}))
+    assert text.startswith("error: marker: expected one, got ['000")
+    assert text.endswith(" ...")
+    assert len(text) < 600
+    assert len(caplog.text) < 10_000
+
+
+def test_web_pages_are_refused():
+    """A browser says which page asks; anyone's could reach a server on loopback."""
+    with serving(EchoPolicy()) as server:
+        with pytest.raises(InvalidStatus, match="HTTP 403"):
+            websockets.sync.client.connect(
+                f"ws://{server.address}", origin="https://example.com", proxy=None
+            )
+        RemotePolicy(server.address).close()
 
 
 def test_a_message_that_is_too_large():

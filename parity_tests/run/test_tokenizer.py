@@ -102,6 +102,20 @@ def test_the_stand_in_is_reproducible():
     assert train() == DEMO_TOKENIZER.read_bytes()
 
 
+def test_paligemmas_is_downloaded_once(tmp_path, monkeypatch):
+    """Into openpi's cache; what is no tokenizer is not kept there."""
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "served.model"
+    monkeypatch.setattr("pruner_run.tokenizer._URL", source.as_uri())
+    source.write_text("<html>please log in</html>")
+    with pytest.raises(FileNotFoundError, match="expected a SentencePiece model, found no file"):
+        load_tokenizer(None, tiny_config())
+    source.write_bytes(DEMO_TOKENIZER.read_bytes())
+    found = load_tokenizer(None, tiny_config())
+    source.unlink()
+    assert load_tokenizer(None, tiny_config()).vocab_size == found.vocab_size
+
+
 def test_a_models_tokenizer(tmp_path, monkeypatch):
     """One that is named, or PaliGemma's where openpi keeps it; never one with ids of no row."""
     found = load_tokenizer(DEMO_TOKENIZER, tiny_config(max_token_len=9))
