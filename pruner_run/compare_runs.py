@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     console.print(f"{len(first.steps)} steps in common, {first.steps[0]} to {first.steps[-1]}")
     console.print(_table(first, second))
     draw(options, first, second)
-    console.print(f"Wrote {options.output}")
+    console.print(f"Wrote {options.output}", soft_wrap=True)
 
 
 def curves(first: Path, second: Path) -> tuple[Curves, Curves]:
@@ -117,8 +117,10 @@ def parting(differences: Float[np.ndarray, "S"], threshold: float) -> int | None
 
 
 def _table(first: Curves, second: Curves) -> Table:
-    table = Table("largest relative difference", box=box.SIMPLE_HEAD)
-    for column in ("", "at step", *(f"above {threshold:g} from" for threshold in _THRESHOLDS)):
+    title = "Relative differences: the largest, and the first step with one above"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for column in ("largest", "at step", *(f"{threshold:g}" for threshold in _THRESHOLDS)):
         table.add_column(column, justify="right")
     for name in first.values:
         differences = relative_differences(first.values[name], second.values[name])

@@ -56,7 +56,7 @@ def run(options: Options) -> None:
         stats = dataset_norm_stats(data, config.model.action_horizon, max_frames=options.max_frames)
     for key, feature in vars(stats).items():
         console.print(_table(key, feature))
-    console.print(f"Wrote {stats.write(folder)}")
+    console.print(f"Wrote {stats.write(folder)}", soft_wrap=True)
     if data.assets_dir is not None:
         console.print(
             f"Training reads those in {data.assets_dir} (data.assets_dir), not these, until that "

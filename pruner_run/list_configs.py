@@ -10,6 +10,8 @@ from rich.table import Table
 from pruner_run.assets import DEMO_EPISODE
 from pruner_run.configs import CONFIGS, TrainConfig
 
+_WIDTH = 110  # on a narrower screen lines run over, which is easier to read than folded names
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -19,14 +21,16 @@ class Options:
 def run(options: Options) -> None:
     """Prints a table."""
     del options
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("config", "model", "data", "backend", "batch", "steps"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("config", "model", "backend", "batch", "steps", "data"):
         justify = "right" if column in ("batch", "steps") else "left"
-        table.add_column(column, justify=justify, no_wrap=column == "config", overflow="fold")
+        table.add_column(column, justify=justify, no_wrap=True)
     for name, config in CONFIGS.items():
         steps, batch = f"{config.num_train_steps:,}", str(config.batch_size)
-        table.add_row(name, model(config), data(config), config.backend, batch, steps)
-    Console().print(table)
+        table.add_row(name, model(config), config.backend, batch, steps, data(config))
+    console = Console()
+    console.width = max(console.width, _WIDTH)
+    console.print(table)
 
 
 def model(config: TrainConfig) -> str:

@@ -77,6 +77,7 @@ def test_configs_are_listed(capsys):
     list_configs.run(list_configs.Options())
     printed = capsys.readouterr().out
     assert all(name in printed for name in CONFIGS)
+    assert "π0.5, pruned  torch       64  30,000  physical-intelligence/libero" in printed
 
 
 def test_the_configs_that_users_know():
@@ -109,7 +110,8 @@ def test_the_command_line_changes_a_config():
 
 def save_run(folder, losses):
     folder.mkdir()
-    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in losses.items()]
+    same = {"prune/noisy_kept_tokens_mean": 4.0}
+    lines = [json.dumps({"step": step, "loss": loss} | same) for step, loss in losses.items()]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -122,6 +124,7 @@ def test_runs_are_compared_at_their_common_steps(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "8 steps in common, 2 to 9" in printed
     assert "5.0e-01" in printed
+    assert "prune/noisy_kept_tokens_mean  0.0e+00" in printed  # in full, on a narrow screen too
     assert (tmp_path / "out/curves.png").stat().st_size > 1000
     one, two = compare_runs.curves(first, second)
     differences = compare_runs.relative_differences(one.values["loss"], two.values["loss"])
@@ -140,5 +143,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected a step's metrics"):
         compare_runs.curves(first, second)
     given = compare_runs.Options(runs=(first, first), metric="lost")
-    with pytest.raises(ValueError, match="metric: expected one of loss; got 'lost'"):
+    with pytest.raises(
+        ValueError, match="expected one of loss, prune/noisy_kept_tokens_mean; got 'lost'"
+    ):
         compare_runs.run(given)
