@@ -20,7 +20,7 @@ from pruner_run.data import lerobot_table, lerobot_writer
 from pruner_run.data.lerobot import LeRobotDataset
 from pruner_run.data.lerobot_features import Feature
 from pruner_run.data.lerobot_writer import write_dataset
-from pruner_run.data.video import Encoding, VideoWriter
+from pruner_run.data.video import Encoding, VideoWriter, read_frames
 
 FPS = 10
 VIDEO, IMAGE = "observation.images.base_0_rgb", "observation.images.left_wrist_0_rgb"
@@ -430,6 +430,29 @@ def test_damaged_videos_are_named_when_read(copy):
     dataset = LeRobotDataset(copy)
     with pytest.raises(ValueError, match=f"{path.name}: expected a video"):
         dataset[0]
+
+
+@pytest.mark.parametrize("gop", [2, 25])
+def test_frames_that_the_decoder_made_up_are_no_frames(tmp_path, gop):
+    """FFmpeg's decoder of H.264 conceals what it cannot read, and says so only beside the frame."""
+    generator = np.random.default_rng(0)
+    path, encoding = tmp_path / "video.mp4", Encoding(codec="libx264", gop=gop)
+    video = VideoWriter(path, fps=FPS, height=96, width=128, encoding=encoding)
+    image = generator.integers(0, 256, (12, 16, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    for shift in range(20):
+        video.add(np.roll(image, 3 * shift, axis=1))
+    video.close()
+    whole, said = path.read_bytes(), []
+    for _ in range(10):
+        place = generator.integers(len(whole) // 4, len(whole) // 2)
+        path.write_bytes(whole[:place] + generator.bytes(64) + whole[place + 64 :])
+        try:
+            read_frames(path, start=0.0, count=20, fps=FPS)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 5  # some damage is read as another picture
+    assert all(f"{path}: expected a " in each for each in said)
+    assert any("found it damaged" in each for each in said)
 
 
 def test_damaged_images_are_named_when_read(tmp_path, episodes):

@@ -264,6 +264,18 @@ def test_a_damaged_table_is_named(copy):
         load(config(copy))
 
 
+@pytest.mark.parametrize("key", ["observation.state", "action"])
+def test_numbers_that_are_none_are_named(copy, key):
+    path = sorted(copy.glob("data/*/*"))[0]
+    table = pq.read_table(path)
+    rows = table[key].to_pylist()
+    rows[2][1] = np.nan
+    place, kind = table.schema.get_field_index(key), table.schema.field(key).type
+    pq.write_table(table.set_column(place, table.schema.field(key), pa.array(rows, kind)), path)
+    with pytest.raises(ValueError, match=f"frame 2 of episode 0: expected finite '{key}', got nan"):
+        load(config(copy))
+
+
 def test_errors_that_are_no_users_come_through(roots, monkeypatch):
     data = load(config(roots["v3.0"]), workers=2)
     monkeypatch.setattr(type(data._inputs), "__getitem__", lambda *_: 1 / 0)

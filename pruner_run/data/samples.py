@@ -61,6 +61,7 @@ class RobotSamples:
         self._numbers = {key: source for key, source in sources.items() if key in numbers}
         self._texts = {key: source for key, source in sources.items() if key == "prompt"}
         self._check(data)
+        self._check_finite()
         ends = [episode.stop for episode in self.dataset.episodes]
         lengths = [len(episode) for episode in self.dataset.episodes]
         self._stops = np.repeat(ends, lengths)
@@ -130,6 +131,14 @@ class RobotSamples:
                 raise ValueError(
                     f"{self.root}: expected {source!r} to be a vector, got {features[source]}"
                 )
+
+    def _check_finite(self) -> None:
+        """As numbers of a damaged file may not be."""
+        for source in self._numbers.values() if len(self) else ():
+            values = self.dataset.columns[source]
+            for index in np.argwhere(~np.isfinite(values))[:1]:
+                found = values[tuple(index)]
+                raise ValueError(f"{self.where(index[0])}: expected finite {source!r}, got {found}")
 
 
 class DatasetInputs:

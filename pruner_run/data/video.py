@@ -105,7 +105,7 @@ def read_frames(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no video, or has no frame at one of the times.
+        ValueError: If it is no video, has no frame at one of the times, or a damaged one.
     """
     images = []
     try:
@@ -117,6 +117,10 @@ def read_frames(
                 if time > wanted + 0.25 / fps:
                     found = f"found {time:.4f} s"
                     raise ValueError(f"{path}: expected a frame at {wanted:.4f} s, {found}")
+                if frame.is_corrupt:  # FFmpeg fills in what it cannot read
+                    raise ValueError(
+                        f"{path}: expected a frame at {wanted:.4f} s, found it damaged"
+                    )
                 images.append(frame.to_ndarray(format="rgb24"))
                 if len(images) == count:
                     return np.stack(images)
