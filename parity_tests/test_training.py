@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from convert.lazy_array import LazyArray
 from parity_tests.harness import BACKENDS, DEVICE, error, parameters
 from parity_tests.harness import Batch as LossBatch
 from parity_tests.record import check, report
@@ -268,6 +269,25 @@ def test_a_state_given_is_the_state_that_was_taken(backend, name):
         for each, array in expected.items():
             np.testing.assert_array_equal(found[each], array)
             assert found[each].dtype == array.dtype
+
+
+@backends
+@pytest.mark.parametrize("name", ["adapted", "bfloat16"])
+def test_a_state_to_be_saved_is_no_copy(backend, name):
+    """The host may not have room for all of it once more."""
+    trained = Trained(backend, RUNS[name])
+    expected = trained.state()
+    with backend.precision(trained.dtype):
+        given = trained.trainer.state(everywhere=False)
+        for field in ("parameters", "average", "first", "second"):
+            found, wanted = (getattr(each, field) or {} for each in (given, expected))
+            assert list(found) == list(wanted)
+            for each, array in wanted.items():
+                lazy = found[each]
+                assert isinstance(lazy, LazyArray)
+                assert (lazy.shape, lazy.dtype) == (array.shape, array.dtype)
+                for index in (..., 0, slice(1, 3)):
+                    np.testing.assert_array_equal(lazy.read(index), array[index], each)
 
 
 # One step

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Shaped
 
-from convert.reading import open_checkpoint
+from convert.reading import LazyArray, open_checkpoint
 from pruner_spec import layout
 from pruner_spec.config import Pi0Config
 from pruner_spec.parameters import Parameter, parameter_table
@@ -81,6 +81,12 @@ def assign(model: "Pi0", named: Iterable[tuple[str, np.ndarray]]) -> None:
 def stacked(arrays: Mapping[str, Shaped[Array, "..."]], parameter: Parameter) -> np.ndarray:
     """A family's array [layers, ...] from arrays by the names in the model; a copy."""
     return np.array(arrays[parameter.name])
+
+
+def lazily_stacked(arrays: Mapping[str, Shaped[Array, "..."]], parameter: Parameter) -> LazyArray:
+    """As `stacked`, but each layer is read when it is used, if the arrays are still there."""
+    array = arrays[parameter.name]
+    return LazyArray(array.shape, array.dtype, lambda index: np.array(array[index]))
 
 
 def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Array, "..."]]:

@@ -11,7 +11,7 @@ of the batch; see `sharding`.
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -138,16 +138,23 @@ class Trainer:
 
         Args:
             everywhere: in all processes, which all must ask for it; or else in the first alone,
-                and None in the others.
+                and None in the others. Weights that no other device has a part of are then no
+                copy, but read as they are taken, which has to be before the next step.
         """
         keeps = everywhere or self._mesh is None or jax.process_index() == 0
         state, average = self._state, self._state.average
+        copies = everywhere or self._mesh is not None
+        stack = checkpoint.stacked if copies else checkpoint.lazily_stacked
+
+        def stacked(arrays: _Arrays) -> dict[str, Any]:
+            return self._stacked(arrays, stack if keeps else None)
+
         given = TrainState(
             step=self._step,
-            parameters=self._stacked(state.frozen | state.trained, keeps),
-            average=None if average is None else self._stacked(state.frozen | average, keeps),
-            first=self._stacked(state.first, keeps),
-            second=self._stacked(state.second, keeps),
+            parameters=stacked(state.frozen | state.trained),
+            average=None if average is None else stacked(state.frozen | average),
+            first=stacked(state.first),
+            second=stacked(state.second),
         )
         return given if keeps else None
 
@@ -190,19 +197,19 @@ class Trainer:
         dtype = master_dtype(self.config)
         return {name: sharding.place(np.asarray(array, dtype), self._mesh) for name, array in named}
 
-    def _stacked(self, arrays: _Arrays, keeps: bool) -> dict[str, np.ndarray]:
-        """Arrays of NumPy, in the order of the model's parameters.
+    def _stacked(self, arrays: _Arrays, stack: Callable[..., Any] | None) -> dict[str, Any]:
+        """Arrays by our names, in the order of the model's parameters.
 
         Args:
             arrays: by our names.
-            keeps: whether this process wants them; one that does not only gives its parts.
+            stack: makes a family's array; None in a process that only gives its parts.
         """
         found = {}
         for name, parameter in parameter_table(self.config).items():
             if name in arrays:
                 array = sharding.whole(arrays[name])
-                if keeps:
-                    found[name] = checkpoint.stacked({name: array}, parameter)
+                if stack is not None:
+                    found[name] = stack({name: array}, parameter)
         return found
 
 

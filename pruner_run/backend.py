@@ -93,7 +93,8 @@ class Trainer(Protocol):
         """The state after the steps that were made, in NumPy; all processes must ask for it.
 
         Args:
-            everywhere: in every process, or else in the first alone, and None in the others.
+            everywhere: in every process, or else in the first alone, and None in the others. Its
+                arrays may then be read only as they are taken, which has to be before a next step.
         """
         ...
 

@@ -39,7 +39,7 @@ from pruner_spec.training import TrainState, master_dtype
 
 STATE_FILE, RUN_FILE = "train_state.safetensors", "run.json"
 
-_BLOCK = 64 << 20  # bytes of a file that a thread reads at once
+_BLOCK = 64 << 20  # bytes of an array, or of a file a thread, that are in memory at once
 
 # What may change from one part of a run to the next; all else makes the run what it is.
 _MAY_CHANGE = {
@@ -206,10 +206,12 @@ def _parts_beside(model: Pi0Config, state: TrainState) -> list[str]:
     return parts
 
 
-def _write_weights(folder: Path, config: TrainConfig, named: Mapping[str, np.ndarray]) -> None:
+def _write_weights(
+    folder: Path, config: TrainConfig, named: Mapping[str, np.ndarray | LazyArray]
+) -> None:
     """In openpi's layout of the run's framework."""
     source = Side(JAX, config.model)
-    arrays = {name: _in_memory(array) for name, array in named.items()}
+    arrays = {name: _lazy(array) for name, array in named.items()}
     is_jax = config.backend == "jax"
     target = Side(OPENPI_JAX if is_jax else OPENPI_TORCH, config.model)
     make = JaxFolder if is_jax else PytorchFolder
@@ -219,15 +221,20 @@ def _write_weights(folder: Path, config: TrainConfig, named: Mapping[str, np.nda
         (folder / ADAPTER_FOLDER / peft.NAME).write_bytes(peft.dumps(config.model))
 
 
-def _in_memory(array: np.ndarray) -> LazyArray:
+def _lazy(array: np.ndarray | LazyArray) -> LazyArray:
+    if isinstance(array, LazyArray):
+        return array
     return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
-def _write_state(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _write_state(path: Path, arrays: Mapping[str, np.ndarray | LazyArray]) -> None:
     tensors = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     file = SafetensorsFile(path, tensors, {"format": "np"})
     for name, array in arrays.items():
-        file.write(name, 0, np.ascontiguousarray(array))
+        offset, rows = 0, max(1, _BLOCK * array.shape[0] // array.nbytes)
+        for piece in _lazy(array).pieces(rows):
+            file.write(name, offset, np.ascontiguousarray(piece))
+            offset += piece.nbytes
     file.close()
 
 

@@ -102,6 +102,23 @@ def stacked(arrays: Mapping[str, Shaped[Tensor, "..."]], parameter: Parameter) -
     return layers.reshape(parameter.stacked_shape)
 
 
+def lazily_stacked(arrays: Mapping[str, Shaped[Tensor, "..."]], parameter: Parameter) -> LazyArray:
+    """As `stacked`, but each layer is read when it is used, if the tensors are still there."""
+    tensors = [arrays[name] for name in parameter.torch_names]
+
+    def read(index: Any) -> np.ndarray:
+        if parameter.layers is None:
+            return np.array(_numpy(tensors[0][index]))
+        if isinstance(index, int):
+            return np.array(_numpy(tensors[index]))
+        return np.stack(
+            [_numpy(tensor) for tensor in tensors[slice(None) if index is ... else index]]
+        )
+
+    dtype = np.dtype(str(tensors[0].dtype).removeprefix("torch."))
+    return LazyArray(parameter.stacked_shape, dtype, read)
+
+
 def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Tensor, "..."]]:
     """The inverse of `stacked`: tensors by the names in the model, as copies on the CPU."""
     layers = [array] if parameter.layers is None else array

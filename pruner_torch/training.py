@@ -119,16 +119,23 @@ class Trainer:
 
         Args:
             everywhere: in all processes, which all must ask for it; or else in the first alone,
-                and None in the others.
+                and None in the others. Weights that no other device has a part of are then no
+                copy, but read as they are taken, which has to be before the next step.
         """
         keeps = everywhere or self._mesh is None or self._mesh.get_rank() == 0
         parameters, average = dict(self._model.named_parameters()), self._average
+        copies = everywhere or sharding.is_split(self._mesh)
+        stack = checkpoint.stacked if copies else checkpoint.lazily_stacked
+
+        def stacked(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+            return self._stacked(tensors, stack if keeps else None)
+
         state = TrainState(
             step=self._step,
-            parameters=self._stacked(parameters, keeps),
-            average=None if average is None else self._stacked(parameters | average, keeps),
-            first=self._stacked(self._moments("exp_avg"), keeps),
-            second=self._stacked(self._moments("exp_avg_sq"), keeps),
+            parameters=stacked(parameters),
+            average=None if average is None else stacked(parameters | average),
+            first=stacked(self._moments("exp_avg")),
+            second=stacked(self._moments("exp_avg_sq")),
         )
         return state if keeps else None
 
@@ -206,19 +213,21 @@ class Trainer:
             for name in tensors.keys() & layers.keys():
                 sharding.fill(tensors[name], layers[name])
 
-    def _stacked(self, tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, np.ndarray]:
-        """Arrays of NumPy by our names, in the order of the model's parameters.
+    def _stacked(
+        self, tensors: Mapping[str, Tensor], stack: Callable[..., Any] | None
+    ) -> dict[str, Any]:
+        """Arrays by our names, in the order of the model's parameters.
 
         Args:
             tensors: by the model's names.
-            keeps: whether this process wants them; one that does not only gives its parts.
+            stack: makes a family's array; None in a process that only gives its parts.
         """
         found = {}
         for name, parameter in parameter_table(self.config).items():
             if parameter.torch_names[0] in tensors:
                 layers = {each: sharding.whole(tensors[each]) for each in parameter.torch_names}
-                if keeps:
-                    found[name] = checkpoint.stacked(layers, parameter)
+                if stack is not None:
+                    found[name] = stack(layers, parameter)
         return found
 
 
