@@ -14,8 +14,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 
-# The drop-in for users of openpi's PyTorch model, of which there is only one.
-FILES_OF_TORCH_ALONE = {"openpi.py"}
+# The drop-in for users of openpi's PyTorch model, of which there is only one; and Triton's kernels,
+# which XLA writes by itself.
+FILES_OF_TORCH_ALONE = {"openpi.py", "kernels.py"} | {
+    f"kernels_{part}.py" for part in ("checks", "plain", "pointwise", "rows", "split", "tiles")
+}
 # A framework's own; one twin may have them where the other has not.
 # JAX compiles a whole step; PyTorch compiles layers, if it is asked to.
 FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled"}
