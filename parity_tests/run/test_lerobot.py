@@ -424,6 +424,26 @@ def test_damaged_files_are_named(copy, pattern):
         LeRobotDataset(copy)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize("written", [b"\x11" * 24, b"\x00" * 24])
+def test_numbers_that_were_written_over_are_noticed(copy, written, has_checksums):
+    """By checksums, in files that we write; else by the file's own extremes."""
+    path = sorted(copy.glob("data/*/*"))[0]
+    table = pq.read_table(path)
+    if not has_checksums:
+        pq.write_table(table, path, compression="none", use_dictionary=False)
+    actions = np.stack(table["action"].to_numpy())
+    largest = actions[np.abs(actions).max(axis=1).argmax()]
+    data = path.read_bytes()
+    if has_checksums:
+        place = pq.read_metadata(path).row_group(0).column(1).data_page_offset + 60
+    else:
+        place = data.index(largest.tobytes())
+    path.write_bytes(data[:place] + written + data[place + len(written) :])
+    with pytest.raises(ValueError, match=rf"{path.name}: expected (a parquet|action from) "):
+        LeRobotDataset(copy)
+
+
 def test_damaged_videos_are_named_when_read(copy):
     path = sorted(copy.glob("videos/*/*/*"))[0]
     path.write_bytes(b"no video at all" * 100)

@@ -14,9 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import UInt8
 from PIL import Image
@@ -35,18 +37,61 @@ def read_parquet(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no parquet file or lacks one of the required columns.
+        ValueError: If it is no parquet file, is damaged or lacks one of the required columns.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a parquet file, found none")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if missing := sorted(set(require) - set(names)):
                 raise ValueError(f"{path}: expected the columns {missing}, got {names}")
-            return file.read(columns)
+            table = file.read(columns)
+            _check_extremes(table, file.metadata, path)
+            return table
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected a parquet file, got a damaged one") from error
+
+
+def _check_extremes(table: pa.Table, metadata: pq.FileMetaData, path: Path) -> None:
+    """Against the file's own statistics: few files have checksums, nearly all have these.
+
+    Bytes that were written over may well be read as other numbers.
+    """
+    expected = _extremes(metadata)
+    for name in table.column_names:
+        values = _innermost(table[name].combine_chunks())
+        of_column = [span for leaf, span in expected.items() if f"{leaf}.".startswith(f"{name}.")]
+        if not _is_number(values.type) or len(of_column) != 1:
+            continue
+        extremes = pc.min_max(values)  # pyright: ignore[reportAttributeAccessIssue]
+        found = tuple(extremes.as_py().values())
+        if found != of_column[0]:
+            numbers = "from {} to {}".format(*of_column[0])
+            raise ValueError(
+                f"{path}: expected {name} {numbers}, got from {found[0]} to {found[1]}"
+            )
+
+
+def _extremes(metadata: pq.FileMetaData) -> dict[str, tuple[Any, Any]]:
+    """The least and the largest number of each leaf that has them in every row group."""
+    spans: dict[str, list[tuple[Any, Any]]] = {}
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            leaf = group.column(place)
+            found = leaf.statistics
+            if found is not None and found.has_min_max:
+                spans.setdefault(leaf.path_in_schema, []).append((found.min, found.max))
+    return {
+        leaf: (min(low for low, _ in each), max(high for _, high in each))
+        for leaf, each in spans.items()
+        if len(each) == metadata.num_row_groups
+    }
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return kind in (pa.float32(), pa.float64(), pa.int32(), pa.int64())
 
 
 def to_numpy(column: pa.ChunkedArray, feature: Feature, where: str) -> np.ndarray:
@@ -107,7 +152,9 @@ def _read_row_group(
 
     In this thread alone: whoever loads data has threads of its own, and Arrow's take longer.
     """
-    with pq.ParquetFile(path, metadata=metadata, pre_buffer=False) as file:
+    with pq.ParquetFile(
+        path, metadata=metadata, pre_buffer=False, page_checksum_verification=True
+    ) as file:
         return file.read_row_group(group, [f"{column}.bytes"], use_threads=False)[column]
 
 

@@ -214,7 +214,9 @@ class _Files:
         path = root / DATA_PATH.format(**self._place)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._schema = make_schema(self._features)
-        self._data = pq.ParquetWriter(path, self._schema, compression="snappy")
+        self._data = pq.ParquetWriter(
+            path, self._schema, compression="snappy", write_page_checksum=True
+        )
         self._data_bytes = 0
         self._videos = {
             key: VideoWriter(
