@@ -128,8 +128,9 @@ def test_the_spec_imports_no_framework():
 
 
 def test_the_application_imports_no_framework():
-    """But through `backend_jax` and `backend_torch`, which are imported when they are chosen."""
-    backends = ("pruner_run.backend_jax", "pruner_run.backend_torch")
+    """But through modules of a framework's name, which are imported when it is chosen."""
+    kinds = ("backend", "probe")
+    backends = [f"pruner_run.{kind}_{name}" for kind in kinds for name in ("jax", "torch")]
     modules, loaded = loaded_by("pruner_run", but=backends)
     assert {"pruner_run.cli", "pruner_run.demo", "pruner_run.data.lerobot", *backends} <= modules
     assert not loaded & (PACKAGES["jax"] | PACKAGES["torch"])

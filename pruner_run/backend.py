@@ -70,11 +70,28 @@ class Model(Protocol):
         cameras that no sample had are left out."""
         ...
 
+    def prepared(
+        self, observation: Observation, noise: Float[np.ndarray, "B H A"], num_steps: int
+    ) -> Callable[[], Any]:
+        """Puts the inputs on the device, once.
+
+        Returns:
+            A function that computes the actions from them, leaves them there, and returns when
+            they are computed.
+        """
+        ...
+
+    def prefix_length(self, observation: Observation) -> int:
+        """Tokens of the prefix, padding counted, that the last batch was sampled from, which was
+        this observation."""
+        ...
+
     def stages(
         self, observation: Observation, noise: Float[np.ndarray, "B H A"], num_steps: int
     ) -> dict[str, float]:
-        """Milliseconds of each stage of `sample_actions`, run one after the other: "vision" (with
-        the pruner's choice), "prefix" and "denoising"."""
+        """Milliseconds of each stage of `sample_actions`, by `clocked`: "vision" (which embeds the
+        prompt too), "pruning" (the choice and the packing; 0 for a model that does not prune),
+        "prefix" and "denoising"."""
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -155,8 +172,18 @@ class Backend(Protocol):
     title: str
     device: str
 
-    def model(self, config: Pi0Config, weights: Weights) -> Model:
-        """A model with these weights: a checkpoint's path, or arrays by name in any layout."""
+    def model(self, config: Pi0Config, weights: Weights | None, *, fast: bool = False) -> Model:
+        """A model with its weights.
+
+        Args:
+            config: the model's.
+            weights: a checkpoint's path, or arrays by name in any layout. None for random ones, of
+                the spec's scales, that are drawn on the device.
+            fast: the way that is made for speed, in the place of the plain one.
+
+        Raises:
+            ValueError: they do not fit, or there is no fast way.
+        """
         ...
 
     def devices(self, fsdp_devices: int = 1) -> Devices:
@@ -171,20 +198,67 @@ class Backend(Protocol):
         ...
 
 
-def clocked(function: Callable[[], Any], finish: Callable[[Any], Any]) -> tuple[Any, float]:
-    """A function's result, and the milliseconds that it takes: the median of 3, after a first call.
+class Probe(Protocol):
+    """A framework's device, for measurements.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        name: of the device, as its maker calls it.
+        versions: of the framework and of what it was built with, by name.
+    """
+
+    device: str
+    name: str
+    versions: Mapping[str, str]
+
+    def copy_ms(self, size: int) -> float:
+        """Milliseconds in which so many bytes are read, and written elsewhere on the device."""
+        ...
+
+    def product_ms(self, size: int, dtype: str) -> float:
+        """Milliseconds of the product of two matrices [size, size]."""
+        ...
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most memory that was taken since `clear`, or since the process began where that
+        cannot be told: "allocated" and "reserved" on a GPU, "resident" on the CPU."""
+        ...
+
+    def clear(self) -> None:
+        """Gives back the memory that nothing holds any longer, and forgets the peak."""
+        ...
+
+
+_ROUND = 0.05  # seconds that a round of `clocked` takes, about
+_MOST_CALLS = 100  # of a round
+
+
+def clocked(
+    function: Callable[[], Any], finish: Callable[[Any], Any], rounds: int = 3
+) -> tuple[Any, float]:
+    """A function's result, and the milliseconds that a call takes once it has been called before.
+
+    The calls of a round follow each other, and only the last one is waited for: where the device
+    is slower than the host that asks it, this is the device's time. The median of the rounds.
 
     Args:
-        function: called four times.
+        function: what is called.
         finish: waits until its result is computed.
+        rounds: how many.
     """
     result = finish(function())
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        finish(function())
-        times.append(1e3 * (time.perf_counter() - started))
-    return result, statistics.median(times)
+    once = _seconds(function, finish, 1)
+    calls = min(max(int(_ROUND / once), 1), _MOST_CALLS)
+    times = [_seconds(function, finish, calls) for _ in range(rounds)]
+    return result, 1e3 * statistics.median(times) / calls
+
+
+def _seconds(function: Callable[[], Any], finish: Callable[[Any], Any], calls: int) -> float:
+    started = time.perf_counter()
+    for _ in range(calls - 1):
+        function()
+    finish(function())
+    return time.perf_counter() - started
 
 
 def missing() -> list[str]:
@@ -226,3 +300,8 @@ def how_to_install(names: Sequence[str]) -> str:
 def load(name: str) -> Backend:
     """Imports a backend, and with it its framework."""
     return importlib.import_module(f"pruner_run.backend_{name}").create()
+
+
+def probe(name: str) -> Probe:
+    """A backend's device; imports its framework."""
+    return importlib.import_module(f"pruner_run.probe_{name}").create()

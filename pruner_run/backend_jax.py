@@ -1,6 +1,10 @@
 """`pruner_jax` as the application sees it."""
 
+import dataclasses
+import functools
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +17,12 @@ from pruner_jax.pi0 import Pi0
 from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
-from pruner_spec.observation import Observation
+from pruner_spec.observation import EncodingPlan, Observation
+from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 
 _ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_DRAWN_HERE = 1 << 20  # numbers of an array that the host draws before a function is compiled
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -30,11 +36,46 @@ class JaxBackend:
     def device(self) -> str:
         return jax.default_backend()
 
-    def model(self, config: Pi0Config, weights: Weights) -> "JaxModel":
+    def model(
+        self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
+    ) -> "JaxModel":
+        if fast:
+            raise ValueError("path: expected 'plain', got 'fast', which JAX does not have yet")
+        if weights is None:
+            return JaxModel(_random_model(config))
         return JaxModel(checkpoint.load(weights, config))
 
     def devices(self, fsdp_devices: int = 1) -> "JaxDevices":
         return JaxDevices(fsdp_devices)
+
+
+def _random_model(config: Pi0Config) -> Pi0:
+    """Drawn on the device, where 3 billion numbers take no time."""
+    table = parameter_table(config)
+    # The device's own generator: quick to compile, and nobody asks for these numbers again.
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), len(table))
+    generator = np.random.default_rng(0)
+
+    def draw(key: jax.Array, family: Parameter) -> jax.Array | np.ndarray:
+        shape, (mean, deviation) = family.stacked_shape, random_scale(family)
+        if math.prod(shape) > _DRAWN_HERE:
+            dtype = jnp.dtype(parameter_dtype(family.name, config.dtype))
+            return _normal(key, shape, dtype, mean, deviation)
+        values = generator.standard_normal(shape, dtype=np.float32)
+        return np.float32(mean) + np.float32(deviation) * values
+
+    model = nnx.eval_shape(lambda: Pi0(config, seed=None))
+    named = ((name, draw(key, table[name])) for key, name in zip(keys, table, strict=True))
+    checkpoint.assign(model, named)  # type: ignore[arg-type]  # arrays of JAX do as well
+    jax.block_until_ready(nnx.state(model))
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, mean: float, deviation: float
+) -> jax.Array:
+    return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
 
 
 class JaxDevices:
@@ -117,42 +158,89 @@ class JaxModel:
         kept = np.asarray(selection.kept).reshape(encoded.patches.shape[:3])
         return dict(zip(cameras, kept.swapaxes(0, 1), strict=True))
 
+    def prepared(
+        self, observation: Observation, noise: np.ndarray, num_steps: int
+    ) -> Callable[[], jax.Array]:
+        there = self._model.prepare(observation)
+        noise_there = jnp.asarray(noise, there.state.dtype)
+        # The host looks at masks before anything else; on the device it would have to wait.
+        there = dataclasses.replace(
+            there,
+            image_masks=observation.image_masks,
+            tokenized_prompt_mask=observation.tokenized_prompt_mask,
+        )
+
+        def call() -> jax.Array:
+            return self._model.sample_actions(there, noise_there, num_steps).block_until_ready()
+
+        return call
+
+    def prefix_length(self, observation: Observation) -> int:
+        plan, model = sampling.plan_of(observation), self._model
+        patches = len(plan.cameras) * model.config.vision.num_patches
+        if model.config.prunes_at_inference:
+            _, encoded, selection = model.record.last
+            patches = sampling.capacity(model, encoded, selection) or patches
+        return patches + plan.prompt_length
+
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        graph, weights = nnx.split(self._model)
+        functions, weights = _stage_functions(self._model, num_steps)
+        encode, select, pack, prefill, denoise = functions
         plan = sampling.plan_of(observation)
-        observation = self._model.prepare(observation)
-        noise_there = jnp.asarray(noise, observation.state.dtype)
-
-        @jax.jit
-        def encode(weights: Any, observation: Observation) -> Any:
-            model = nnx.merge(graph, weights)
-            encoded = model.encode(observation, plan.cameras, plan.prompt_length)
-            return encoded, model.select(encoded)
-
+        there = self._model.prepare(observation)
+        noise_there = jnp.asarray(noise, there.state.dtype)
         finish = jax.block_until_ready
-        (encoded, selection), vision = clocked(lambda: encode(weights, observation), finish)
-        room = sampling.capacity(self._model, encoded, selection)
 
-        @jax.jit
-        def prefill(weights: Any, encoded: Any, selection: Any) -> Any:
-            model = nnx.merge(graph, weights)
-            prefix = sampling.prune(model, encoded, selection, room)
-            return prefix, model.prefill(prefix)
+        def prune() -> Any:
+            selection = select(weights, encoded)
+            return pack(
+                weights, encoded, selection, sampling.capacity(self._model, encoded, selection)
+            )
 
-        @jax.jit
-        def denoise(weights: Any, prefix: Any, cache: Any, state: Any, noise: Any) -> jax.Array:
-            model = nnx.merge(graph, weights)
-            return sampling.denoise(model, prefix, cache, state, noise, num_steps)
-
-        (prefix, cache), reading = clocked(lambda: prefill(weights, encoded, selection), finish)
-        inputs = (weights, prefix, cache, observation.state, noise_there)
+        encoded, vision = clocked(lambda: encode(weights, there, plan), finish)
+        prefix, pruning = clocked(prune, finish)
+        cache, reading = clocked(lambda: prefill(weights, prefix), finish)
+        inputs = (weights, prefix, cache, there.state, noise_there)
         _, denoising = clocked(lambda: denoise(*inputs), finish)
-        return {"vision": vision, "prefix": reading, "denoising": denoising}
+        return {
+            "vision": vision,
+            "pruning": pruning if self._model.config.prunes_at_inference else 0.0,
+            "prefix": reading,
+            "denoising": denoising,
+        }
 
     def stats(self) -> dict[str, Any]:
         return self._model.get_token_pruning_stats()
+
+
+def _stage_functions(model: Pi0, num_steps: int) -> tuple[tuple[Callable[..., Any], ...], Any]:
+    """Encode, select, pack, prefill and denoise, each compiled alone; and the model's weights."""
+    graph, weights = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def encode(weights: Any, observation: Observation, plan: EncodingPlan) -> Any:
+        return nnx.merge(graph, weights).encode(observation, plan.cameras, plan.prompt_length)
+
+    @jax.jit
+    def select(weights: Any, encoded: Any) -> Any:
+        return nnx.merge(graph, weights).select(encoded)
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def pack(weights: Any, encoded: Any, selection: Any, room: int | None) -> Any:
+        return sampling.prune(nnx.merge(graph, weights), encoded, selection, room)
+
+    @jax.jit
+    def prefill(weights: Any, prefix: Any) -> Any:
+        return nnx.merge(graph, weights).prefill(prefix)
+
+    @jax.jit
+    def denoise(weights: Any, prefix: Any, cache: Any, state: Any, noise: Any) -> jax.Array:
+        model = nnx.merge(graph, weights)
+        return sampling.denoise(model, prefix, cache, state, noise, num_steps)
+
+    return (encode, select, pack, prefill, denoise), weights
 
 
 create = JaxBackend

@@ -1,7 +1,9 @@
 """`pruner_torch` as the application sees it."""
 
+import dataclasses
 import datetime
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import distributed
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
+from pruner_spec.parameters import parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 from pruner_torch import checkpoint, sampling, sharding
 from pruner_torch.layers import wide
@@ -30,11 +33,32 @@ class TorchBackend:
     def __init__(self) -> None:
         self.device = "cuda" if torch.cuda.is_available() else torch.get_default_device().type
 
-    def model(self, config: Pi0Config, weights: Weights) -> "TorchModel":
+    def model(
+        self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
+    ) -> "TorchModel":
+        if fast:
+            raise ValueError("path: expected 'plain', got 'fast', which PyTorch does not have yet")
+        if weights is None:
+            return TorchModel(_random_model(config, self.device))
         return TorchModel(checkpoint.load(weights, config, device=self.device))
 
     def devices(self, fsdp_devices: int = 1) -> "TorchDevices":
         return TorchDevices(fsdp_devices)
+
+
+def _random_model(config: Pi0Config, device: str) -> Pi0:
+    """Drawn on the device, where 3 billion numbers take no time."""
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for family in parameter_table(config).values():
+        dtype = getattr(torch, parameter_dtype(family.name, config.dtype))
+        mean, deviation = random_scale(family)
+        for name in family.torch_names:
+            array = torch.empty(family.shape, dtype=dtype, device=device)
+            state[name] = array.normal_(mean, deviation, generator=generator)
+    model = Pi0(config, seed=None)
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 class TorchDevices:
@@ -129,39 +153,71 @@ class TorchModel:
         kept = selection.kept.cpu().numpy().reshape(encoded.patches.shape[:3])
         return dict(zip(cameras, kept.swapaxes(0, 1), strict=True))
 
+    def prepared(
+        self, observation: Observation, noise: np.ndarray, num_steps: int
+    ) -> Callable[[], torch.Tensor]:
+        there, noise_there = self._on_device(observation, noise)
+        # The host looks at masks before anything else; on the device it would have to wait.
+        there = dataclasses.replace(
+            there,
+            image_masks=observation.image_masks,
+            tokenized_prompt_mask=observation.tokenized_prompt_mask,
+        )
+
+        def call() -> torch.Tensor:
+            return self._finish(self._model.sample_actions(there, noise_there, num_steps))
+
+        return call
+
+    def prefix_length(self, observation: Observation) -> int:
+        plan, model = sampling.plan_of(observation), self._model
+        patches = len(plan.cameras) * model.config.vision.num_patches
+        if model.config.prunes_at_inference:
+            _, encoded, selection = model.record.last
+            patches = sampling.capacity(model, encoded, selection) or patches
+        return patches + plan.prompt_length
+
     @torch.no_grad()
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        model = self._model
-        plan = sampling.plan_of(observation)
-        observation = model.prepare(observation)
-        noise_there = torch.as_tensor(noise, device=model.device).to(observation.state.dtype)
-
-        def finish(result: Any) -> Any:
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            return result
+        model, plan = self._model, sampling.plan_of(observation)
+        there, noise_there = self._on_device(observation, noise)
 
         def encode() -> Any:
-            encoded = model.encode(observation, plan.cameras, plan.prompt_length)
-            return encoded, model.select(encoded)
+            return model.encode(there, plan.cameras, plan.prompt_length)
 
-        (encoded, selection), vision = clocked(encode, finish)
-        room = sampling.capacity(model, encoded, selection)
+        encoded, vision = clocked(encode, self._finish)
 
-        def prefill() -> Any:
-            prefix = sampling.prune(model, encoded, selection, room)
-            return prefix, model.prefill(prefix)
+        def prune() -> Any:
+            selection = model.select(encoded)
+            room = sampling.capacity(model, encoded, selection)
+            return sampling.prune(model, encoded, selection, room)
 
-        (prefix, cache), reading = clocked(prefill, finish)
+        prefix, pruning = clocked(prune, self._finish)
+        cache, reading = clocked(lambda: model.prefill(prefix), self._finish)
 
         def denoise() -> torch.Tensor:
-            state = observation.state
-            return sampling.denoise(model, prefix, cache, state, noise_there, num_steps)
+            return sampling.denoise(model, prefix, cache, there.state, noise_there, num_steps)
 
-        _, denoising = clocked(denoise, finish)
-        return {"vision": vision, "prefix": reading, "denoising": denoising}
+        _, denoising = clocked(denoise, self._finish)
+        return {
+            "vision": vision,
+            "pruning": pruning if model.config.prunes_at_inference else 0.0,
+            "prefix": reading,
+            "denoising": denoising,
+        }
+
+    def _on_device(
+        self, observation: Observation, noise: np.ndarray
+    ) -> tuple[Observation, torch.Tensor]:
+        there = self._model.prepare(observation)
+        return there, torch.as_tensor(noise, device=self._model.device).to(there.state.dtype)
+
+    def _finish(self, result: Any) -> Any:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return result
 
     def stats(self) -> dict[str, Any]:
         return self._model.get_token_pruning_stats()

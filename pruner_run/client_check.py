@@ -14,7 +14,6 @@ from pruner_run.client import RemotePolicy, api_key
 from pruner_run.data.examples import random_observation
 
 _PERCENTILES = (50, 90, 99)
-_STAGES = ("vision", "prefix", "denoising")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +48,11 @@ def run(options: Options) -> None:
     console = Console(highlight=False)
     with RemotePolicy(options.address, api_key=api_key(options.api_key)) as policy:
         metadata = policy.metadata
+        if lacking := sorted({"cameras", "state"} - metadata.keys()):
+            raise ValueError(
+                f"{options.address}: expected the metadata of `pruner serve`, lacks {lacking}, so "
+                "that nothing says what the robot sees"
+            )
         answers = []
         for _ in range(options.requests):
             observation = random_observation(metadata, generator, prompt=options.prompt)
@@ -78,8 +82,8 @@ def split(answer: Mapping[str, Any], stages: Mapping[str, float] | None) -> dict
     if stages is None:
         parts["model"] = model
     else:
-        whole = sum(stages[name] for name in _STAGES)
-        parts |= {name: model * stages[name] / whole for name in _STAGES}
+        whole = sum(stages.values())
+        parts |= {name: model * share / whole for name, share in stages.items()}
     return parts | {"total": total}
 
 

@@ -235,8 +235,8 @@ class Policy:
                 self.act([Prepared(inputs, 0.0)] * size, self._zeros(size))
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds that the model takes for "vision", "prefix" and "denoising", measured now,
-        for one observation."""
+        """Milliseconds that the model takes for "vision", "pruning", "prefix" and "denoising",
+        measured now, for one observation."""
         observation = _stacked([self.prepare(self.example())])
         return self._model.stages(observation, self._zeros(1), self._num_steps)
 

@@ -128,6 +128,12 @@ def random_parameters(config: Pi0Config, seed: int) -> Iterator[tuple[str, np.nd
         yield parameter.name, _draw(parameter, seed, _random_scale(parameter.name))
 
 
+def random_scale(parameter: Parameter) -> tuple[float, float]:
+    """Mean and standard deviation of `random_parameters`, for who draws them on a device."""
+    scale = _random_scale(parameter.name)
+    return scale.mean, _deviation(parameter, scale)
+
+
 def _vision(config: Pi0Config) -> Iterator[Parameter]:
     variant, layers = config.vision, config.vision.depth
     width = variant.width
@@ -243,11 +249,13 @@ def _identity_scale(name: str) -> float:
     return 1.0 if name.startswith("vision.") else 0.0
 
 
+def _deviation(parameter: Parameter, scale: _Scale) -> float:
+    return 1 / math.sqrt(parameter.shape[0]) if scale.deviation is None else scale.deviation
+
+
 def _draw(parameter: Parameter, seed: int, scale: _Scale) -> np.ndarray:
     """One family's array, a function of the seed and its name alone."""
-    deviation = scale.deviation
-    if deviation is None:
-        deviation = 1 / math.sqrt(parameter.shape[0])
+    deviation = _deviation(parameter, scale)
     if deviation == 0:
         return np.full(parameter.stacked_shape, scale.mean, dtype=np.float32)
     digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()

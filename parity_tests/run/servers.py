@@ -40,7 +40,7 @@ class EchoPolicy:
             "backend": "none",
             "cameras": ["image/base_0_rgb"],
             "state": {"state": ACTION_DIM},
-            "stages_ms": {"vision": 1.0, "prefix": 1.0, "denoising": 2.0},
+            "stages_ms": {"vision": 1.0, "pruning": 0.1, "prefix": 1.0, "denoising": 2.0},
         }
         self.delay, self.batches = delay, []
         self.gate, self.entered = threading.Event(), threading.Event()

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+import pruner_run.backend
 from convert import lerobot
 from parity_tests import record
 from parity_tests.convert.checkpoints import jax_tensors, save_jax, save_torch, torch_tensors
@@ -28,6 +29,7 @@ from pruner_run import run_checkpoint
 from pruner_run.assets import DEMO_TOKENIZER
 from pruner_run.data.transforms import apply, input_transforms
 from pruner_run.kept_bits import kept_patches
+from pruner_run.policy_source import open_policy_source
 from pruner_run.tokenizer import load_tokenizer
 from pruner_spec.config import CAMERAS
 from pruner_spec.parameters import random_parameters
@@ -251,8 +253,31 @@ def test_a_policy_of_a_model(backend, loaded):
     assert timing.keys() == {"preprocess_ms", "infer_ms", "postprocess_ms", "batch_size"}
     assert min(timing.values()) > 0
     stages = policy.stages()
-    assert stages.keys() == {"vision", "prefix", "denoising"}
+    assert stages.keys() == {"vision", "pruning", "prefix", "denoising"}
     assert min(stages.values()) > 0
+
+
+@backends
+def test_what_shares_a_batch_changes_no_answer(backend, compile_fast):
+    """Other cameras, longer instructions and more voters beside it, and padding."""
+    config = pruned(ALOHA)
+    weights = dict(random_parameters(config.model, 3))
+    model = pruner_run.backend.load(backend).model(config.model, weights)
+    policy = echo_policy(config, model=model, max_batch=4, num_steps=2)
+    example = policy.example()
+    observations = [
+        example | {"prompt": "go"},
+        {key: each for key, each in example.items() if "wrist" not in key},
+        {key: each for key, each in example.items() if "left" not in key}
+        | {"prompt": "pick up the cube and put it to the left of the other one, then wait"},
+    ]
+    noise = np.random.default_rng(1).standard_normal((3, MODEL.action_horizon, MODEL.action_dim))
+    together = policy.infer(observations, noise=noise)
+    bound = tolerance("policy actions", "float32")
+    for place, (observation, found) in enumerate(zip(observations, together, strict=True)):
+        alone = policy.infer(observation, noise=noise[place])
+        assert found["pruning"] == alone["pruning"]
+        assert error(found["actions"], alone["actions"]) < bound
 
 
 @needs_torch
@@ -323,6 +348,16 @@ def test_a_folder_of_lerobots(has_stats, tmp_path, monkeypatch):
     assert policy.metadata["state"] == {"state": state_dim}
     answer = policy.infer(policy.example())
     assert answer["actions"].shape == (MODEL.action_horizon, action_dim)
+    steps = json.loads((tmp_path / "policy_preprocessor.json").read_text())
+    steps["steps"].append(
+        {"registry_name": "relative_actions_processor", "config": {"enabled": False}}
+    )
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps(steps))
+    open_policy_source(tmp_path)
+    steps["steps"][-1]["config"]["enabled"] = True
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps(steps))
+    with pytest.raises(ValueError, match="expected steps of openpi's .*relative_actions_processor"):
+        open_policy_source(tmp_path)
 
 
 @needs_torch
@@ -392,6 +427,7 @@ PIXELS = np.zeros((224, 224, 3), np.float32)
     [
         (LIBERO, {"observation/image": 255 * (PIXELS + 1)}, r"floats in \[0, 1\], got 255 to 255"),
         (LIBERO, {"observation/image": PIXELS - 1}, r"floats in \[0, 1\], got -1 to -1"),
+        (LIBERO, {"observation/image": np.zeros((1, 8193, 3), "u1")}, "at most 8192 pixels a side"),
         (LIBERO, {"observation/image": PIXELS * np.nan}, r"observation/image: .* got nan to nan"),
         (LIBERO, {"observation/image": [[1], [2, 3]]}, "observation/image: expected an array, got"),
         (LIBERO, {"observation/state": [[1], [2, 3]]}, "observation/state: expected an array, got"),

@@ -88,13 +88,23 @@ def test_the_check(key, capsys, monkeypatch):
         said = capsys.readouterr().out
         assert "kept 4 of 16 patches: base_0_rgb 4" in said
         shares = dict(re.findall(r"^ *(\w+) +.* ([\d.]+)% *$", said, flags=re.MULTILINE))
-        parts = ["network", "queue", "transforms", "vision", "prefix", "denoising", "total"]
+        stages = ["vision", "pruning", "prefix", "denoising"]
+        parts = ["network", "queue", "transforms", *stages, "total"]
         assert [*shares] == parts
         assert abs(sum(map(float, shares.values())) - 200) < len(parts)
         assert "requests: expected at least 1" in refused(
             ["client-check", server.address, "--requests", "0"], capsys
         )
     assert "expected a policy server" in refused(["client-check", server.address], capsys)
+
+
+def test_the_check_of_another_server(capsys):
+    """openpi's own says little of itself."""
+    policy = EchoPolicy()
+    policy.metadata = {"reset_pose": [0.0]}
+    with serving(policy) as server:
+        said = refused(["client-check", server.address], capsys)
+    assert "expected the metadata of `pruner serve`, lacks ['cameras', 'state']" in said
 
 
 @pytest.mark.slow
