@@ -48,6 +48,9 @@ COMMANDS = {
     "eval": Command("pruner_run.evaluate", "Try a policy in a simulator, or compare two trials."),
     "record": Command("pruner_run.record", "Record a simulator's scripted expert as a dataset."),
     "show": Command("pruner_run.show", "Show what a policy's pruner looks at in an episode."),
+    "bench": Command(
+        "pruner_run.bench", "Measure calls of a model, against the floor of the device."
+    ),
     "demo": Command("pruner_run.demo", "Prune a recorded episode and draw which patches are kept."),
 }
 
