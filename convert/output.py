@@ -73,7 +73,7 @@ def folder_in_full(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; what was at `path` is unchanged.
     """
-    with _folders_above(path), _locked(path):
+    with _folders_above(path), locked(path):
         _settle(path)
         _check_free(path, overwrite=overwrite)
         partial, replaced = _hidden(path)
@@ -98,7 +98,7 @@ def settle(path: Path) -> None:
     Raises:
         FileExistsError: another process is writing there.
     """
-    with _locked(path):
+    with locked(path):
         _settle(path)
 
 
@@ -142,8 +142,12 @@ def _folders_above(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds off other runs to the same place, until this one ends, however it ends."""
+def locked(path: Path) -> Iterator[None]:
+    """Holds off other runs to the same place, until this one ends, however it ends.
+
+    Raises:
+        FileExistsError: another one is there.
+    """
     lock = path.with_name(f".{path.name}.lock")
     with _explained(path):
         file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o644)

@@ -13,12 +13,12 @@ from pruner_run.configs import TrainConfig
 
 FILE = "metrics.jsonl"
 
-# Fewer kept than this a camera, or one patch with this share of the votes, and the selection has
-# as good as collapsed.
+# As few kept in a sample, or one patch with this share of the votes, and the selection has as good
+# as collapsed: a patch a camera.
 COLLAPSED_TOKENS, COLLAPSED_SHARE = 3.0, 0.95
 
 _ADVICE = (
-    "step %d: the pruner's selection has collapsed: %.1f patches kept a pool, the most voted one "
+    "step %d: the pruner's selection has collapsed: %.1f patches kept a sample, the most voted one "
     "has %.0f %% of the votes. Try a floor (--model.token_prune_min_keep 16), a budget "
     "(--model.token_prune_keep_ratio 0.25), noise for longer (--token_prune_noise_schedule "
     "constant), or one pool a camera (--model.token_prune_scope camera)."

@@ -5,12 +5,12 @@ makes the next one: its data, its random numbers and its learning rate are funct
 alone, so that it cannot tell that it was interrupted.
 """
 
+import contextlib
 import math
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from convert import output
 from pruner_run import metrics, run_checkpoint
 from pruner_run.backend import Devices, Trainer
 from pruner_run.configs import TrainConfig
@@ -102,7 +103,8 @@ def run(
         devices: of the trainer; the first process writes, the others make its steps with it.
 
     Raises:
-        OSError: a checkpoint cannot be written; those before are still there.
+        OSError: a checkpoint cannot be written; those before are still there. Or another process
+            makes this run.
     """
     stop = _Stop(devices)
     before = signal.signal(signal.SIGTERM, stop)
@@ -131,17 +133,20 @@ def run(
         data.close()
 
 
-def _writers(
-    config: TrainConfig, start: int, devices: Devices
-) -> AbstractContextManager[list[metrics.Writer]]:
-    """The first process's, which makes the run's folder; the others have none."""
+@contextlib.contextmanager
+def _writers(config: TrainConfig, start: int, devices: Devices) -> Iterator[list[metrics.Writer]]:
+    """The first process's, which makes the run's folder and holds it; the others have none."""
     if devices.process:
-        return nullcontext([])
-    if config.overwrite and config.run_dir.exists():
-        shutil.rmtree(config.run_dir)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    run_checkpoint.tidy(config)
-    return metrics.writers(config, run_checkpoint.described(config), start)
+        yield []
+        return
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with output.locked(config.run_dir):
+        if config.overwrite and config.run_dir.exists():
+            shutil.rmtree(config.run_dir)
+        config.run_dir.mkdir(exist_ok=True)
+        run_checkpoint.tidy(config)
+        with metrics.writers(config, run_checkpoint.described(config), start) as found:
+            yield found
 
 
 class _Log:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from convert import jax_to_pytorch, pytorch_to_jax
+from convert import jax_to_pytorch, output, pytorch_to_jax
 from convert.reading import open_checkpoint
 from parity_tests.cases import TINY_ADAPTED, tiny_config
 from pruner_run import metrics, run_checkpoint, training_loop
@@ -280,6 +280,19 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     again, _ = train(dataclasses.replace(run, overwrite=True))
     assert again.seen == list(range(10))
     assert [line["step"] for line in lines(run)] == list(range(10))
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_a_run_that_another_process_makes_is_left_alone(option, tmp_path):
+    run = config(tmp_path)
+    train(run)
+    shutil.rmtree(run.run_dir / "9")
+    with (
+        output.locked(run.run_dir),
+        pytest.raises(FileExistsError, match=r"another run is writing .*/run"),
+    ):
+        train(dataclasses.replace(run, **{option: True}))
+    assert len(lines(run)) == 10
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
