@@ -100,7 +100,8 @@ def read_results(path: Path) -> Results:
 
 def table(results: Results) -> Table:
     """A row a task, and one of all where there are several."""
-    made = Table(title=results.env, box=box.SIMPLE_HEAD)
+    # Narrow, so that it fits 80 columns with a task's name in full.
+    made = Table(title=results.env, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     made.add_column("task", overflow="fold")
     for title in ("success", "95 %", "steps", "jerk", "p50 ms", "p99 ms", "kept"):
         made.add_column(title, justify="right", no_wrap=True)

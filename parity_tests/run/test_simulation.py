@@ -128,6 +128,41 @@ def test_replaying_the_shipped_actions_gives_the_shipped_states_and_images():
     assert reward == aloha.SUCCESS
 
 
+@pytest.mark.parametrize(
+    ("rewards", "solved_at"),
+    [
+        ("4" * 20, range(12, 20)),
+        ("4" * 12 + "0" * 8, ()),
+        ("4" * 15 + "0" + "4" * 4, (12, 13, 14, 16, 17, 18, 19)),  # the contact flickers
+        ("4" * 6 + "00" + "4" * 12, ()),
+        ("0" + "4" * 19, range(13, 20)),
+    ],
+)
+def test_what_is_a_held_cube(rewards, solved_at, monkeypatch):
+    class Cube:
+        cube = np.array([0.1, 0.5, 0.02])
+        instruction, state = "", np.zeros(14)
+
+        def __init__(self, **_):
+            pass
+
+        def reset(self, seed):
+            self.rewards = map(int, rewards)
+
+        def render(self):
+            return {}
+
+        def step(self, action):
+            return next(self.rewards)
+
+    monkeypatch.setattr("pruner_run.simulation.aloha_sim.TransferCube", Cube)
+    environment = environments.make("aloha_sim")
+    for seed in range(2):
+        environment.reset("transfer_cube", seed)
+        steps = [environment.step(None, observe=False).success for _ in rewards]
+        assert [number for number, solved in enumerate(steps) if solved] == [*solved_at]
+
+
 @pytest.mark.sim
 @needs_simulator
 def test_the_cube_has_to_be_held():
@@ -138,7 +173,7 @@ def test_the_cube_has_to_be_held():
         step = environment.step(action, observe=False)
         if step.success:
             break
-    assert environment._held == 13
+    assert [*environment._held] == [True] * 13
     assert environment.step(action).observation.keys() >= {"image/base_0_rgb", "state", "prompt"}
 
 

@@ -1,5 +1,8 @@
 """The environment "aloha_sim": transfer-cube, at 25 actions a second or as many as are named."""
 
+import math
+from collections import deque
+
 import numpy as np
 from jaxtyping import Float
 
@@ -14,8 +17,9 @@ _HOLD_SECONDS = 0.5
 
 
 class AlohaSim:
-    """Transfer-cube. It is solved once the left arm has held the cube clear of the table for half a
-    second. gym-aloha asks for one instant, which an arm that bats the cube away may have too."""
+    """Transfer-cube. It is solved while the left arm has held the cube clear of the table for half
+    a second, in which one measurement may miss the contact, as happens with a hand that is moved.
+    gym-aloha asks for one instant, which an arm that bats the cube away may have too."""
 
     def __init__(self, argument: str = "") -> None:
         """Builds it.
@@ -38,27 +42,35 @@ class AlohaSim:
             max_steps=round(expert.DURATION * fps),
             has_expert=True,
         )
-        self._plan, self._steps, self._held = np.zeros((0, len(STATE_NAMES))), 0, 0
+        self._plan, self._steps = np.zeros((0, len(STATE_NAMES))), 0
+        self._held: deque[bool] = deque(maxlen=math.ceil(_HOLD_SECONDS * fps))
 
     def reset(self, task: str, seed: int) -> Observation:
         self._cube.reset(seed)
         self._plan = expert.plan(self._cube.cube[:2], fps=self.spec.fps)
-        self._steps = self._held = 0
+        self._steps = 0
+        self._held.clear()
         return self._observation()
 
     def step(self, action: Float[np.ndarray, "14"] | None, *, observe: bool = True) -> Step:
         action = self._plan[self._steps] if action is None else check_action(action, self.spec)
         self._steps += 1
-        self._held = self._held + 1 if self._cube.step(action) == SUCCESS else 0
+        self._held.append(self._cube.step(action) == SUCCESS)
         return Step(
             action=action,
-            success=self._held >= _HOLD_SECONDS * self.spec.fps,
+            success=self._is_held,
             done=self._steps == self.spec.max_steps,
             observation=self._observation() if observe else None,
         )
 
     def close(self) -> None:
         pass
+
+    @property
+    def _is_held(self) -> bool:
+        held = self._held
+        is_long = len(held) == held.maxlen and held[0] and held[-1]
+        return bool(is_long and sum(held) >= len(held) - 1)
 
     def _observation(self) -> Observation:
         images = {f"image/{camera}": image for camera, image in self._cube.render().items()}
