@@ -13,6 +13,7 @@ from pruner_run.data.robots import Robot
 from pruner_run.data.transforms import Sample
 
 MOST_CHARACTERS = 10_000  # of a prompt; models read some hundred tokens
+MOST_PIXELS = 8192  # of an image's side
 _SLACK = 0.1  # of a float image beyond [0, 1], from resizing
 
 
@@ -70,7 +71,11 @@ def _check_prompt(prompt: Any) -> None:
 
 
 def _check_image(key: str, image: np.ndarray) -> None:
-    """Floats of 0 to 255, or -1 to 1, would be cut to a white image or half of one."""
+    """Floats of 0 to 255, or -1 to 1, would be cut to a white image or half of one; a side of
+    millions of pixels takes long to resize."""
+    if max(image.shape, default=0) > MOST_PIXELS:
+        found = list(image.shape)
+        raise ValueError(f"{key}: expected at most {MOST_PIXELS} pixels a side, got {found}")
     if image.dtype.kind != "f" or not image.size:
         return
     low, high = float(image.min()), float(image.max())

@@ -15,6 +15,7 @@ from etils import epath
 
 from convert import config_file, json_file
 from convert.assets import FILE
+from convert.lerobot_stats import POSTPROCESSOR_FILE, PREPROCESSOR_FILE, steps_of
 from convert.source import Source, open_source
 from pruner_run import configs, run_checkpoint
 from pruner_run.configs import TrainConfig
@@ -26,6 +27,18 @@ from pruner_spec.config import Pi0Config
 # Of a run's model, what its weights do not say.
 _SETTINGS = ("dtype", *(f.name for f in dataclasses.fields(Pi0Config) if "token_prun" in f.name))
 _BUCKETS = "gs://"
+# LeRobot's, that do what the transforms here do.
+_LEROBOTS_STEPS = {
+    "rename_observations_processor",
+    "to_batch_processor",
+    "device_processor",
+    "normalizer_processor",
+    "unnormalizer_processor",
+    "tokenizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "pi0_new_line_processor",
+    "smolvla_new_line_processor",
+}
 _OPEN = ("action_horizon", "max_token_len", "discrete_state_input")
 
 
@@ -107,6 +120,7 @@ def _own_config(source: Source) -> TrainConfig:
     if record is not None:
         return _of_run(folder, source, record)
     if _is_lerobots(folder):
+        _check_steps(folder)
         assets = [name.rpartition("/")[0] for name in source.stats]
         data = DataConfig(asset_id=assets[0] if len(assets) == 1 else None, fake=not assets)
         return TrainConfig(name="lerobot", model=source.side.config, data=data)
@@ -135,6 +149,20 @@ def _of_run(folder: epath.Path, source: Source, record: Mapping[str, Any]) -> Tr
 def _is_lerobots(folder: epath.Path) -> bool:
     path = folder / config_file.NAME
     return path.exists() and "type" in json_file.read(path)
+
+
+def _check_steps(folder: epath.Path) -> None:
+    """Raises a ValueError for steps of LeRobot's that the transforms here lack: actions that are
+    relative to the state, for one, would be taken for absolute ones."""
+    for file in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
+        path = folder / file
+        for step in steps_of(json_file.read(path), path) if path.exists() else []:
+            name, settings = step.get("registry_name"), step.get("config") or {}
+            if name not in _LEROBOTS_STEPS and settings.get("enabled") is not False:
+                raise ValueError(
+                    f"{path}: expected steps of openpi's π0 and π0.5, got {name!r}: {settings}; "
+                    "name a training config that does the same"
+                )
 
 
 def _agreed(model: Pi0Config, source: Source) -> Pi0Config:

@@ -356,7 +356,7 @@ def test_a_folder_of_lerobots(has_stats, tmp_path, monkeypatch):
     open_policy_source(tmp_path)
     steps["steps"][-1]["config"]["enabled"] = True
     (tmp_path / "policy_preprocessor.json").write_text(json.dumps(steps))
-    with pytest.raises(ValueError, match="expected steps of openpi's .*relative_actions_processor"):
+    with pytest.raises(ValueError, match=r"openpi's .*'relative_actions_processor'"):
         open_policy_source(tmp_path)
 
 
