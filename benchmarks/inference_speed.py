@@ -1,9 +1,9 @@
 """All that docs/speed.md tells of a call: the settings that robots run, and how cost grows.
 
-    python -m benchmarks.inference_speed --part settings --path fast --output bench_settings_fast
-    python -m benchmarks.inference_speed --part prefix --path fast --output bench_prefix
+    python -m benchmarks.inference_speed --part settings --output benchmarks/results/bench_settings
+    python -m benchmarks.inference_speed --part prefix --output benchmarks/results/bench_prefix
     ...
-    pruner bench --report bench_*/results.json
+    pruner bench --report benchmarks/results/bench_*/results.json
 
 One part, in both backends by one path, is meant to end within 9 minutes on an H200; where it is
 not, give one backend at a time. What was measured is kept after every row.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
 
 from pruner_run import bench
 from pruner_run.bench_cases import IMPLICIT, UNPRUNED, Case
@@ -89,7 +88,7 @@ def main() -> None:
         output=options.output,
         overwrite=options.overwrite,
     )
-    bench.measure(given, PARTS[options.part], Console(highlight=False))
+    bench.measure(given, PARTS[options.part], bench.wide_console())
 
 
 if __name__ == "__main__":

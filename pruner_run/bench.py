@@ -92,15 +92,21 @@ def run(options: Options) -> None:
         ValueError: an option is not valid, or nothing could be measured.
         OSError: the output cannot be written, or is there already.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = wide_console()
     if options.report:
         bench_report.write(options.report, options.page)
         console.print(f"Wrote {options.page} and {options.page.with_suffix('.png')}")
         return
     cases = bench_cases.product({axis: getattr(options, axis) for axis in _AXES})
     measure(options, cases, console)
+
+
+def wide_console() -> Console:
+    """Where tables are printed; one that is no terminal has room for them."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDE
+    return console
 
 
 def measure(options: Options, cases: Sequence[Case], console: Console) -> Results:

@@ -58,14 +58,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draws them.
 
     Args:
-        rows: of one model on one device. Of the same case in the same way the last one counts.
+        rows: of one model on one device. Of the same case in the same way the last one counts, of
+            those whose stages were timed, where there are any.
         path: of the picture, a PNG.
     """
     from matplotlib.figure import Figure
 
-    newest = list({(row.backend, row.path, row.case): row for row in rows}.values())
-    figure = Figure(figsize=(15, 8.5), layout="constrained")
-    panels = figure.subplots(2, 3).ravel()
+    in_order = sorted(rows, key=lambda row: row.stages_ms is not None)
+    newest = list({(row.backend, row.path, row.case): row for row in in_order}.values())
+    figure = Figure(figsize=(16, 12), layout="constrained")
+    panels = figure.subplots(3, 2, height_ratios=(1.3, 1, 1)).ravel()
     _bars(panels[0], newest)
     _split(panels[1], newest)
     for panel, sweep in zip(panels[2:], SWEEPS, strict=True):
@@ -108,6 +110,8 @@ def _curves(panel: "Axes", sweep: Sweep, rows: Sequence[Row]) -> None:
     if floors:
         _curve(panel, floors, "--", "black", "floor")
     panel.set_ylim(bottom=0)
+    if len(sweep.fields) == 1:
+        panel.set_xticks(sorted({sweep.place(row) for row in rows}))
     panel.set_title(_common(rows[0].case, sweep), fontsize="small")
     panel.legend(fontsize="small")
 
@@ -142,7 +146,11 @@ def _bars(panel: "Axes", rows: Sequence[Row]) -> None:
 def _split(panel: "Axes", rows: Sequence[Row]) -> None:
     """Each setup's stages, one after the other."""
     setups = _setups(rows)
-    shown = [row for setup in setups for row in rows if row.case == setup and row.stages_ms]
+    ways = list(_COLOURS)
+    shown = sorted(
+        (row for row in rows if row.case in setups and row.stages_ms),
+        key=lambda row: (setups.index(row.case), ways.index((row.backend, row.path))),
+    )
     for place, row in enumerate(shown):
         left = 0.0
         for stage, colour in _STAGES.items():
@@ -157,8 +165,10 @@ def _split(panel: "Axes", rows: Sequence[Row]) -> None:
 
 
 def _setups(rows: Sequence[Row]) -> list[Case]:
-    """The first few cases of one sample, 3 cameras, and the usual steps, where there are any."""
-    cases = list(dict.fromkeys(row.case for row in rows))
+    """The first few cases of one sample, 3 cameras, and the usual steps, where there are any;
+    those whose stages were timed before others."""
+    in_order = sorted(rows, key=lambda row: row.stages_ms is None)
+    cases = list(dict.fromkeys(row.case for row in in_order))
     usual = Case()
     few = [
         case
@@ -195,4 +205,5 @@ def _name_colours(panel: "Axes", colours: dict[str, str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    panel.legend(handles=handles, fontsize="small")
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+    panel.legend(handles=handles, ncols=len(handles), fontsize="small", **above)

@@ -28,6 +28,7 @@ def events(job: Job, command: Sequence[str] | None = None) -> Iterator[dict[str,
     """
     environment = os.environ | (_NO_GPU if job.device == "cpu" else {})
     with tempfile.TemporaryFile() as errors:
+        started = time.time()
         process = subprocess.Popen(
             WORKER if command is None else command,
             stdin=subprocess.PIPE,
@@ -39,7 +40,7 @@ def events(job: Job, command: Sequence[str] | None = None) -> Iterator[dict[str,
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            _send(process.stdin, dataclasses.replace(job, started=time.time()))
+            _send(process.stdin, dataclasses.replace(job, started=started))
             for line in process.stdout:
                 if line.endswith("\n"):  # or the process died in its midst
                     yield json.loads(line)

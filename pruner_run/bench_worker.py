@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+import numpy as np
+
 from pruner_run import backend as backends
 from pruner_run.backend import Backend, Model, Probe
 from pruner_run.bench_cases import UNPRUNED, Case, Setup, inputs
 from pruner_run.bench_results import percentiles
 from pruner_spec.config import Pi0Config
 
-WARM_UP = 3  # calls before those that are timed, after the first two
+WARM_UP = 10  # calls before those that are timed, after the first two
 # Of the device that is measured: bytes to copy, and sides of matrices to multiply.
 _COPIED = {"cuda": 2 << 30, "cpu": 64 << 20}
 _PRODUCTS = {"cuda": (2048, 4096, 8192), "cpu": (256, 512)}
@@ -126,11 +128,12 @@ class Measuring:
 
         warm_up = time.perf_counter()
         first_s, second_s = _seconds(from_numpy), _seconds(from_numpy)
+        _check_finite(from_numpy())
         call = model.prepared(observation, noise, steps)
+        self._probe.clear()  # what was needed to get ready is no part of the peak
         for _ in range(WARM_UP):
             call()
         warm_up_s = time.perf_counter() - warm_up
-        self._probe.clear()
         device_ms = percentiles([_seconds(call) for _ in range(setup.calls)])
         numpy_ms = percentiles([_seconds(from_numpy) for _ in range(setup.calls)])
         peak = self._probe.peak_bytes()
@@ -184,6 +187,12 @@ def _kept(model: Model, config: Pi0Config, case: Case) -> dict[str, Any]:
         return {"kept": float(case.cameras * config.vision.num_patches), "kept_per_camera": {}}
     means = {camera: float(kept.sum(-1).mean()) for camera, kept in model.kept().items()}
     return {"kept": sum(means.values()), "kept_per_camera": means}
+
+
+def _check_finite(actions: Any) -> None:
+    """Raises a ValueError for actions whose time would say nothing."""
+    if not np.isfinite(actions).all():
+        raise ValueError("actions: expected finite numbers, got others")
 
 
 def _seconds(call: Callable[[], Any]) -> float:

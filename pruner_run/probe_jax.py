@@ -22,7 +22,8 @@ class JaxProbe:
         self.name = platform.machine() if self.device == "cpu" else self._device.device_kind
         self.versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
         if self.device != "cpu":
-            self.versions["platform"] = self._device.client.platform_version.splitlines()[0]
+            said = self._device.client.platform_version
+            self.versions["platform"] = " ".join(said.split())
 
     def copy_ms(self, size: int) -> float:
         source = jnp.zeros(size // 4, jnp.float32)

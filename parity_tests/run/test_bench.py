@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.inference_speed import PARTS
 from parity_tests.harness import BACKENDS
 from parity_tests.tolerances import tolerance
 from pruner_run import backend as backends
@@ -161,6 +162,15 @@ def test_the_product_of_the_axes():
     assert len(cases) == len(set(cases)) == 2 * 2 * 2
     assert {case.keep for case in cases[:4]} == {"none"}
     assert Case(cameras=2, prompt=200, keep="64", batch=8) in cases
+
+
+def test_the_parts_of_the_page_can_be_measured():
+    for cases in PARTS.values():
+        bench_cases.check(cases, Setup())
+        assert len(set(cases)) == len(cases)
+    shortest, longest = PARTS["prefix"][0], PARTS["prefix"][-1]
+    assert 3 * int(shortest.keep) + shortest.prompt == 64
+    assert (longest.keep, 3 * 256 + longest.prompt) == ("none", 968)
 
 
 def test_percentiles():
