@@ -31,19 +31,24 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def found() -> list[dict[str, Any]]:
-    """What the cases found, in a process of their own."""
-    interpreted = {} if kernel_cases.FULL else {"TRITON_INTERPRET": "1"}
+def run(*arguments: str, **environment: str) -> list[dict[str, Any]]:
+    """The rows that a module prints, run in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "parity_tests.kernel_cases"],
+        [sys.executable, "-m", *arguments],
         cwd=ROOT,
-        env=os.environ | interpreted,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.cache
+def found() -> list[dict[str, Any]]:
+    """What the cases found."""
+    interpreted = {} if kernel_cases.FULL else {"TRITON_INTERPRET": "1"}
+    return run("parity_tests.kernel_cases", **interpreted)
 
 
 @needs_triton
@@ -62,6 +67,17 @@ def test_a_kernel_computes_what_it_says(family, dtype):
         if kernel_cases.FULL and dtype == "bfloat16":
             bound = tolerance("kernel over plain", dtype)
             assert row["error"]["mean"] <= bound * row["plain"]["mean"], row
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_for_hopper():
+    """At the sizes of π0.5: nothing spills, shared memory suffices, tensor cores multiply."""
+    for row in run("parity_tests.kernel_compilation", "90"):
+        assert row["stack"] == 0, row
+        assert row["shared"] <= row["limit"], row
+        multiplies = row["launch"].startswith(("attend", "normed", "linear"))
+        assert (row["products"] > 0) == multiplies, row
 
 
 def test_without_a_gpu_pytorch_computes():
