@@ -351,11 +351,22 @@ def _select(
     seats = elected.clip(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
         seats = keep_tokens[:, None]
-    # lexsort is stable and its last key is the first to count.
-    rank = jnp.lexsort((-ballot.best, -ballot.votes), axis=-1).argsort(axis=-1)
     return Selection(
-        kept=(rank < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
+        kept=(_rank(ballot) < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
     )
+
+
+def _rank(ballot: Ballot) -> Int[Array, "B N"]:
+    """How many patches come before each: by votes, then by best score, then by place.
+
+    Counted pair by pair, which is one pass on a GPU; sorting would be many.
+    """
+    votes, best = ballot.votes, ballot.best
+    place = jnp.arange(votes.shape[-1])
+    before = place < place[:, None]  # [N, N]: the column's patch is before the row's
+    before = (best[:, None, :] == best[:, :, None]) & before | (best[:, None, :] > best[:, :, None])
+    before = (votes[:, None, :] == votes[:, :, None]) & before
+    return (before | (votes[:, None, :] > votes[:, :, None])).sum(axis=-1)
 
 
 def _straight_through(

@@ -8,7 +8,7 @@ costs none.
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,32 @@ if TYPE_CHECKING:
     from pruner_jax.pi0 import Encoded, Pi0, Prefix
 
 
+class Stages(Protocol):
+    """How the two halves of a call are computed, the host's one look at the device between them."""
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        """Tokens of what the plan names, and which patches are kept."""
+        ...
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        """Actions, from at most `capacity` patches a sample; None for all as they stand."""
+        ...
+
+
 def sample_actions(
     model: "Pi0",
     observation: Observation,
     noise: Float[Array, "B H A"],
     num_steps: int = 10,
+    stages: Stages | None = None,
 ) -> Float[Array, "B H A"]:
     """Actions, denoised from the noise by `num_steps` Euler steps.
 
@@ -50,6 +71,7 @@ def sample_actions(
         observation: of NumPy or JAX arrays. Masks that are NumPy arrays cost no transfer.
         noise: standard normal.
         num_steps: Euler steps from time 1 to 0.
+        stages: None for the model's own layers; see `inference.Sampler` for the fast ones.
 
     Raises:
         ValueError: an argument does not fit the config.
@@ -57,15 +79,15 @@ def sample_actions(
             the sample's actions are NaN, as they would be without pruning.
     """
     check_actions("noise", noise, observation.batch_size, model.config)
+    stages = _PlainStages(*nnx.split(model)) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
     noise = jnp.asarray(noise).astype(observation.state.dtype)
-    graph, weights = nnx.split(model)
-    encoded, selection = _encode(graph, weights, observation, plan)
+    encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled and not isinstance(noise, Tracer):
         model.record.last = (plan.cameras, encoded, selection)
     room = capacity(model, encoded, selection)
-    return _act(graph, weights, encoded, selection, observation.state, noise, room, num_steps)
+    return stages.act(encoded, selection, observation.state, noise, room, num_steps)
 
 
 def plan_of(observation: Observation) -> EncodingPlan:
@@ -141,6 +163,28 @@ def stats(model: "Pi0") -> dict[str, Any]:
     }
     nonfinite = np.asarray(selection.nonfinite)
     return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainStages:
+    """The model's own layers, compiled."""
+
+    graph: Any
+    weights: Any
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        return _encode(self.graph, self.weights, observation, plan)
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        return _act(self.graph, self.weights, encoded, selection, state, noise, capacity, num_steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

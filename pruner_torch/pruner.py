@@ -344,12 +344,22 @@ def _select(
     seats = elected.clamp(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
         seats = keep_tokens[:, None]
-    by_score = (-ballot.best).argsort(dim=-1, stable=True)
-    by_votes = (-ballot.votes.gather(-1, by_score)).argsort(dim=-1, stable=True)
-    rank = by_score.gather(-1, by_votes).argsort(dim=-1)
     return Selection(
-        kept=(rank < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
+        kept=(_rank(ballot) < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
     )
+
+
+def _rank(ballot: Ballot) -> Int[Tensor, "B N"]:
+    """How many patches come before each: by votes, then by best score, then by place.
+
+    Counted pair by pair, which is one pass on a GPU; sorting would be many.
+    """
+    votes, best = ballot.votes, ballot.best
+    place = torch.arange(votes.shape[-1], device=votes.device)
+    before = place < place[:, None]  # [N, N]: the column's patch is before the row's
+    before = (best[:, None, :] == best[:, :, None]) & before | (best[:, None, :] > best[:, :, None])
+    before = (votes[:, None, :] == votes[:, :, None]) & before
+    return (before | (votes[:, None, :] > votes[:, :, None])).sum(dim=-1)
 
 
 def _straight_through(

@@ -6,7 +6,7 @@ the device knows; it costs one read of an integer a call. A budget costs none.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,12 +26,33 @@ if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
 
+class Stages(Protocol):
+    """How the two halves of a call are computed, the host's one look at the device between them."""
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        """Tokens of what the plan names, and which patches are kept."""
+        ...
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        """Actions, from at most `capacity` patches a sample; None for all as they stand."""
+        ...
+
+
 @torch.no_grad()
 def sample_actions(
     model: "Pi0",
     observation: Observation,
     noise: Float[Tensor, "B H A"],
     num_steps: int = 10,
+    stages: Stages | None = None,
 ) -> Float[Tensor, "B H A"]:
     """Actions, denoised from the noise by `num_steps` Euler steps.
 
@@ -43,6 +64,7 @@ def sample_actions(
         observation: of NumPy arrays or tensors. Masks that are NumPy arrays cost no transfer.
         noise: standard normal.
         num_steps: Euler steps from time 1 to 0.
+        stages: None for the model's own layers; see `inference.Sampler` for the fast ones.
 
     Raises:
         ValueError: an argument does not fit the config.
@@ -50,15 +72,15 @@ def sample_actions(
             the sample's actions are NaN, as they would be without pruning.
     """
     check_actions("noise", noise, observation.batch_size, model.config)
+    stages = _PlainStages(model) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
     noise = torch.as_tensor(noise, device=model.device).to(observation.state.dtype)
-    encoded = model.encode(observation, plan.cameras, plan.prompt_length)
-    selection = model.select(encoded)
+    encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled:
         model.record.last = (plan.cameras, encoded, selection)
-    prefix = prune(model, encoded, selection, capacity(model, encoded, selection))
-    return denoise(model, prefix, model.prefill(prefix), observation.state, noise, num_steps)
+    room = capacity(model, encoded, selection)
+    return stages.act(encoded, selection, observation.state, noise, room, num_steps)
 
 
 def plan_of(observation: Observation) -> EncodingPlan:
@@ -132,3 +154,27 @@ def stats(model: "Pi0") -> dict[str, Any]:
     }
     nonfinite = selection.nonfinite.cpu().numpy()
     return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainStages:
+    """The model's own layers, one after the other."""
+
+    model: "Pi0"
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        encoded = self.model.encode(observation, plan.cameras, plan.prompt_length)
+        return encoded, self.model.select(encoded)
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        prefix = prune(self.model, encoded, selection, capacity)
+        cache = self.model.prefill(prefix)
+        return denoise(self.model, prefix, cache, state, noise, num_steps)

@@ -1,0 +1,153 @@
+"""The fast way to actions against the plain one, in each backend, and JAX's against PyTorch's."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity_tests.cases import BATCHES, MODEL_CASES, PRUNING, tiny_config
+from parity_tests.harness import BACKENDS, draw_batch, error, parameters, relative_norm
+from parity_tests.record import check, report
+from parity_tests.tolerances import tolerance
+from pruner_spec.buckets import PATCH_BUCKETS, bucket
+from pruner_spec.config import Pi0Config
+from pruner_spec.inference import InferenceSettings
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
+backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+
+FLOAT32_CASES = (
+    "pi05-implicit-2, third camera masked in one",
+    "pi0-unpruned-4, all kinds",
+    "pi05-unpruned-1-adapted",
+)
+FLOAT64_CASES = (
+    "pi05-implicit, joint-4, all kinds",
+    "pi05-5 a camera-4, all kinds",
+    "pi05-at least 20-1",
+    "pi0-implicit-2, third camera masked in one",
+    "pi05-implicit-2, third camera masked in one-adapted",
+    "pi0-5 a camera-1-adapted",
+)
+ROWS = [
+    *((name, "float64") for name in FLOAT64_CASES),
+    *((name, "float32") for name in FLOAT32_CASES),
+]
+
+
+class Deployed:
+    """A model and its sampler, NumPy in and out."""
+
+    def __init__(self, backend: Any, config: Pi0Config, weights: dict, **settings: Any) -> None:
+        self.backend, self.dtype = backend, config.dtype
+        self.plain = backend.model(config, weights)
+        with backend.precision(config.dtype):
+            sampler = backend.module("inference").Sampler
+            self.sampler = sampler(self.plain.module, InferenceSettings(**settings))
+
+    def sample(self, observation: Any, noise: np.ndarray, num_steps: int = 10) -> np.ndarray:
+        with self.backend.precision(self.dtype):
+            actions = self.sampler.sample_actions(observation, noise, num_steps)
+            return self.backend.numpy(actions)
+
+
+@pytest.mark.parametrize(("name", "dtype"), ROWS)
+def test_the_fast_way_is_the_plain_one(name, dtype):
+    """In each backend the same actions as the model's own layers give, and in both the same."""
+    case = MODEL_CASES[name]
+    config = case.config(dtype)
+    batch, weights = draw_batch(config, **BATCHES[case.batch]), parameters(config)
+    found = []
+    for backend in BACKENDS.values():
+        model = Deployed(backend, config, weights)
+        expected = model.plain.sample(batch.observation, batch.noise)
+        stats = model.plain.stats()
+        found.append(model.sample(batch.observation, batch.noise))
+        check("same computation", dtype, f"{backend.name}, deployed", error(found[-1], expected))
+        left = model.plain.stats()  # the sampler leaves what the model would
+        assert {key: left[key] for key in left if key != "diagnostics"} == {
+            key: stats[key] for key in stats if key != "diagnostics"
+        }
+    if len(found) == 2:
+        check("sampled actions", dtype, "jax | torch, deployed", error(*found))
+
+
+@backends
+def test_another_number_of_steps(backend):
+    config = tiny_config()
+    batch = draw_batch(config)
+    model = Deployed(backend, config, parameters(config))
+    for num_steps in (1, 4):
+        found = model.sample(batch.observation, batch.noise, num_steps)
+        expected = model.plain.sample(batch.observation, batch.noise, num_steps=num_steps)
+        check("same computation", "float64", f"{backend.name}, deployed", error(found, expected))
+
+
+@backends
+def test_nobody_reads_what_is_behind_the_last_keys_and_values(backend):
+    """The language model's last layer gives keys and values alone: the rest may be anything."""
+    config = tiny_config()
+    batch, weights = draw_batch(config), parameters(config)
+    spoilt = dict(weights)
+    for name in ("attention.query", "attention.out", "mlp.gate", "mlp.up", "mlp.down"):
+        kernel = f"gemma.language.layers.{name}.kernel"
+        spoilt[kernel] = weights[kernel].copy()
+        spoilt[kernel][-1] = np.nan
+    expected = Deployed(backend, config, weights).sample(batch.observation, batch.noise)
+    found = Deployed(backend, config, spoilt).sample(batch.observation, batch.noise)
+    np.testing.assert_array_equal(found, expected)
+
+
+@backends
+def test_the_sampler_does_without_the_model(backend):
+    """A model's arrays may go, or be replaced by others."""
+    config = tiny_config()
+    batch = draw_batch(config)
+    model = Deployed(backend, config, parameters(config))
+    expected = model.sample(batch.observation, batch.noise)
+    with backend.precision(config.dtype):
+        checkpoint = backend.module("checkpoint")
+        options = {"device": "cpu"} if backend.name == "torch" else {}
+        checkpoint.assign(model.plain.module, parameters(config, seed=9).items(), **options)
+    np.testing.assert_array_equal(model.sample(batch.observation, batch.noise), expected)
+
+
+@backends
+@pytest.mark.parametrize("name", ["unpruned", "implicit"])
+def test_bfloat16_is_no_farther_from_the_truth_than_the_plain_way(backend, name):
+    """Over several batches, against float32 with the same weights."""
+    narrow = tiny_config(dtype="bfloat16", **PRUNING[name])
+    weights = {
+        key: value.astype("bfloat16").astype(np.float32)
+        for key, value in parameters(narrow).items()
+    }
+    model = Deployed(backend, narrow, weights)
+    truth = backend.model(dataclasses.replace(narrow, dtype="float32"), weights)
+    fast, plain, true = [], [], []
+    for seed in range(6):
+        batch = draw_batch(narrow, seed=seed)
+        true.append(truth.sample(batch.observation, batch.noise))
+        fast.append(model.sample(batch.observation, batch.noise).astype(np.float64))
+        plain.append(model.plain.sample(batch.observation, batch.noise).astype(np.float64))
+    farther, before = (relative_norm(np.stack(x), np.stack(true)) for x in (fast, plain))
+    report(f"deployed actions, {name}", "bfloat16", f"{backend.name} | float32", farther)
+    assert farther <= before * tolerance("deployed over plain error", "bfloat16"), before
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+def test_jax_compiles_once_a_bucket():
+    """Other images, prompts and numbers of kept patches in the same buckets compile nothing."""
+    config = tiny_config(token_pruning_enabled=True, dtype="float32")
+    model = Deployed(BACKENDS["jax"], config, parameters(config))
+    kept, buckets = set(), set()
+    for seed in range(4):
+        batch = draw_batch(config, lengths=(17 + seed, 20 + seed), seed=seed)
+        model.sample(batch.observation, batch.noise)
+        most = max(model.plain.stats()["kept_per_sample"])
+        kept.add(most)
+        buckets.add(bucket(most, PATCH_BUCKETS))
+    assert len(kept) > len(buckets)
+    assert model.sampler._encode._cache_size() == 1
+    assert model.sampler._act._cache_size() == len(buckets)

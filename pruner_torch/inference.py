@@ -1,0 +1,494 @@
+"""The fast way from an observation to actions, over `Deployed` weights.
+
+What `sampling` computes, but for rounding. No layer is asked for what nobody reads (the last one of
+the prefix gives keys and values alone), keys and values are written where the denoising steps read
+them, and what every call would compute again is looked up.
+
+A call is two functions of static shapes, `encode` and `act`, and, with the implicit selection, one
+read of an integer between them. On an NVIDIA GPU both are CUDA graphs.
+
+Dimension letters: B batch, C cameras, N patches, L prompt tokens, S prefix, H suffix, T = S + H,
+D width, E width of the suffix, K heads, G kv heads, A action dim.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pruner_spec.inference import InferenceSettings
+from pruner_spec.observation import EncodingPlan, Observation
+from pruner_spec.sequence import MASKED_LOGIT
+from pruner_torch import sampling
+from pruner_torch.deployed import (
+    Affine,
+    Deployed,
+    ExpertLayer,
+    Norm,
+    Schedule,
+    Vision,
+    VisionBlock,
+    deploy,
+    schedule,
+)
+from pruner_torch.gemma import Rotary, rotary, rotate
+from pruner_torch.graphs import Graphs
+from pruner_torch.layers import LAYER_NORM_EPSILON, gelu, wide
+from pruner_torch.pruner import Selection, rms_normalize
+from pruner_torch.recomputation import optimized
+from pruner_torch.siglip import patchify
+
+if TYPE_CHECKING:
+    from pruner_torch.pi0 import Encoded, Pi0, Prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (after RoPE) and values of the prefix; PyTorch's with room for the suffix's.
+
+    Attributes:
+        key, value: one a layer; [B, S, G, head_dim] in JAX, which writes nowhere, and
+            [B, T, G, head_dim] in PyTorch.
+        valid: bool [B, S].
+        suffix: RoPE of the H tokens of the suffix.
+    """
+
+    key: tuple[Float[Tensor, "B _ G head_dim"], ...]
+    value: tuple[Float[Tensor, "B _ G head_dim"], ...]
+    valid: Bool[Tensor, "B S"]
+    suffix: Rotary
+
+
+class Sampler:
+    """A deployed model: its `sample_actions` is the model's, and so are the statistics it leaves.
+
+    What it packs are copies: a model that is trained further is deployed anew.
+
+    Args:
+        model: whose weights these are.
+        settings: None for the defaults.
+    """
+
+    def __init__(self, model: "Pi0", settings: InferenceSettings | None = None) -> None:
+        self.model = model
+        self.settings = InferenceSettings() if settings is None else settings
+        self._weights = deploy(model)
+        self._schedules: dict[int, Schedule] = {}
+        has_graphs = self.settings.graphs and model.device.type == "cuda"
+        self._graphs = Graphs(model.device, self.settings.max_graphs) if has_graphs else None
+
+    def sample_actions(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "B H A"],
+        num_steps: int = 10,
+    ) -> Float[Tensor, "B H A"]:
+        """Actions, denoised from the noise. See `sampling.sample_actions`."""
+        return sampling.sample_actions(self.model, observation, noise, num_steps, stages=self)
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        """See `sampling.Stages`."""
+
+        def call(*inputs: Tensor) -> "tuple[Encoded, Selection]":
+            return encode(self.model, self._weights, *inputs, compiled=self.settings.compiled)
+
+        inputs = inputs_of(observation, plan)
+        if self._graphs is None:
+            return call(*inputs)
+        return self._graphs(("encode", *_shapes(inputs)), call, inputs)
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        """See `sampling.Stages`."""
+        steps = self._schedule(num_steps)
+
+        def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
+            read, chosen = type(encoded)(*standing[:4]), Selection(*standing[4:])
+            return act(
+                self.model,
+                self._weights,
+                steps,
+                read,
+                chosen,
+                state,
+                noise,
+                capacity,
+                self.settings.compiled,
+            )
+
+        standing = (*_tensors(encoded), *_tensors(selection))
+        if self._graphs is None:
+            return call(state, noise, *standing)
+        key = ("act", capacity, num_steps, *_shapes((noise, *standing)))
+        return self._graphs(key, call, (state, noise), standing).clone()
+
+    def _schedule(self, num_steps: int) -> Schedule:
+        if num_steps not in self._schedules:
+            clock, dtype = self._weights.clock, self.model.dtype
+            self._schedules[num_steps] = schedule(clock, num_steps, dtype)
+        return self._schedules[num_steps]
+
+
+def inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
+    """What `encode` reads of an observation: images, camera mask, prompt, prompt mask."""
+    return (
+        torch.stack([observation.images[camera] for camera in plan.cameras], dim=1),
+        torch.stack([observation.image_masks[camera] for camera in plan.cameras], dim=1),
+        observation.tokenized_prompt[:, : plan.prompt_length],
+        observation.tokenized_prompt_mask[:, : plan.prompt_length],
+    )
+
+
+def encode(
+    model: "Pi0",
+    weights: Deployed,
+    images: Float[Tensor, "B C 224 224 3"],
+    camera_mask: Bool[Tensor, "B C"],
+    prompt: Int[Tensor, "B L"],
+    prompt_mask: Bool[Tensor, "B L"],
+    compiled: bool = False,
+) -> "tuple[Encoded, Selection]":
+    """Tokens, and which of them are kept.
+
+    Args:
+        model: of which no parameter is read.
+        weights: its parameters.
+        images, camera_mask, prompt, prompt_mask: see `Pi0.embed`.
+        compiled: whether Inductor compiles the layers.
+    """
+    encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask, compiled)
+    return encoded, model.select(encoded)
+
+
+def embed(
+    model: "Pi0",
+    weights: Deployed,
+    images: Float[Tensor, "B C 224 224 3"],
+    camera_mask: Bool[Tensor, "B C"],
+    prompt: Int[Tensor, "B L"],
+    prompt_mask: Bool[Tensor, "B L"],
+    compiled: bool = False,
+) -> "Encoded":
+    """`Pi0.embed`, over deployed weights."""
+    from pruner_torch.pi0 import Encoded  # here, since pi0 imports this module
+
+    heads, dtype = model.config.vision.num_heads, model.dtype
+    patches = see(weights.vision, images.flatten(0, 1), heads, dtype, compiled)
+    rows = F.embedding(prompt, weights.embedding).to(dtype)
+    root = torch.full((), rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
+    return Encoded(
+        patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
+        camera_mask=camera_mask,
+        prompt=rows * root,
+        prompt_mask=prompt_mask,
+    )
+
+
+def act(
+    model: "Pi0",
+    weights: Deployed,
+    schedule: Schedule,
+    encoded: "Encoded",
+    selection: Selection,
+    state: Float[Tensor, "B A"],
+    noise: Float[Tensor, "B H A"],
+    capacity: int | None,
+    compiled: bool = False,
+) -> Float[Tensor, "B H A"]:
+    """Actions, from the tokens and the selection of `encode`.
+
+    Args:
+        model: of which no parameter is read.
+        weights: its parameters.
+        schedule: its denoising steps.
+        encoded, selection: see `encode`.
+        state: of the robot; π0.5 reads it in the prompt.
+        noise: standard normal.
+        capacity: patches after pruning; None where nothing is pruned.
+        compiled: whether Inductor compiles the layers.
+    """
+    prefix = sampling.prune(model, encoded, selection, capacity)
+    cache = prefill(model, weights, prefix, compiled)
+    return denoise(model, weights, schedule, cache, state, noise, compiled)
+
+
+def see(
+    weights: Vision,
+    images: Float[Tensor, "B height width 3"],
+    num_heads: int,
+    dtype: torch.dtype,
+    compiled: bool = False,
+) -> Float[Tensor, "B N D"]:
+    """The vision tower: `SigLip.__call__`."""
+    patch_size = round((len(weights.patch_embedding.kernel) / 3) ** 0.5)
+    pixels = patchify(images.to(wide(dtype)), patch_size)
+    x = _affine(pixels, weights.patch_embedding).to(dtype)
+    block_of = optimized(_vision_block, compiled)
+    for block in weights.blocks:
+        x = block_of(block, x, num_heads)
+    return _affine(_layer_norm(x, weights.final_norm), weights.head)
+
+
+def prefill(model: "Pi0", weights: Deployed, prefix: "Prefix", compiled: bool = False) -> Cache:
+    """Keys and values of the prefix."""
+    config, head_dim = model.config, model.config.paligemma.head_dim
+    batch, length = prefix.valid.shape
+    angles = rotary(prefix.positions, head_dim, model.dtype)
+    # Nobody reads what padding attends to, so that a mask of keys is enough.
+    bias = _bias(prefix.valid[:, None], model.dtype)
+    room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
+    key, value = (tuple(prefix.tokens.new_empty(room) for _ in weights.language) for _ in range(2))
+    layer_of = optimized(_prefix_layer, compiled)
+    x, last = prefix.tokens, len(weights.language) - 1
+    for layer, *rooms in zip(weights.language[:last], key, value, strict=False):
+        x = layer_of(layer, x, angles, bias, *(each[:, :length] for each in rooms))
+    _project_keys(weights.language[last], x, angles, key[last][:, :length], value[last][:, :length])
+    place = torch.arange(config.suffix_length, device=prefix.length.device)
+    suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
+    return Cache(key, value, prefix.valid, suffix)
+
+
+def denoise(
+    model: "Pi0",
+    weights: Deployed,
+    schedule: Schedule,
+    cache: Cache,
+    state: Float[Tensor, "B A"],
+    noise: Float[Tensor, "B H A"],
+    compiled: bool = False,
+) -> Float[Tensor, "B H A"]:
+    """Euler steps from the noise at time 1 to the actions at time 0."""
+    bias = _bias(_suffix_mask(model, cache.valid), model.dtype)
+    first = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    layer_of, length = optimized(_suffix_layer, compiled), cache.valid.shape[1]
+    x = noise
+    for step in range(schedule.steps):
+        y = _suffix_tokens(weights, schedule, step, x, first).to(model.dtype)
+        for place, layer in enumerate(weights.action):
+            norms = _norms(layer, schedule, step, place)
+            y = layer_of(
+                layer, norms, y, cache.suffix, bias, cache.key[place], cache.value[place], length
+            )
+        y = _rms_norm(y, _final_norm(weights, schedule, step))
+        output = y[:, -model.config.action_horizon :].to(wide(model.dtype))
+        x = x + schedule.step * _affine(output, weights.action_out)
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norms:
+    """Of one layer at one step; a gate is None where the residual is added as it is."""
+
+    attention: Norm
+    attention_gate: Float[Tensor, "E"] | None
+    mlp: Norm
+    mlp_gate: Float[Tensor, "E"] | None
+
+
+def _norms(layer: ExpertLayer, schedule: Schedule, step: int, place: int) -> _Norms:
+    """A layer's own, or the schedule's."""
+    if layer.attention_norm is not None and layer.mlp_norm is not None:
+        return _Norms(layer.attention_norm, None, layer.mlp_norm, None)
+    assert schedule.attention is not None
+    assert schedule.mlp is not None
+    at = (step, place)
+    return _Norms(
+        Norm(schedule.attention.scale[at], schedule.attention.shift[at]),
+        schedule.attention.gate[at],
+        Norm(schedule.mlp.scale[at], schedule.mlp.shift[at]),
+        schedule.mlp.gate[at],
+    )
+
+
+def _final_norm(weights: Deployed, schedule: Schedule, step: int) -> Norm:
+    if schedule.final is not None:
+        return Norm(schedule.final.scale[step], schedule.final.shift[step])
+    assert weights.final_norm is not None
+    return weights.final_norm
+
+
+def _suffix_tokens(
+    weights: Deployed,
+    schedule: Schedule,
+    step: int,
+    x: Float[Tensor, "B H A"],
+    first: Float[Tensor, "B 1 E"] | None,
+) -> Float[Tensor, "B H E"]:
+    """`Pi0.embed_suffix_at`; `first` is π0's state token."""
+    tokens = _affine(x, weights.action_in)
+    if schedule.time is None or weights.time_in is None or weights.time_out is None:
+        return tokens
+    assert first is not None
+    tokens = F.silu(_affine(tokens, weights.time_in) + schedule.time[step])
+    return torch.cat([first, _affine(tokens, weights.time_out)], dim=1)
+
+
+def _prefix_layer(
+    layer: ExpertLayer,
+    x: Float[Tensor, "B S D"],
+    angles: Rotary,
+    bias: Float[Tensor, "B 1 S"],
+    key: Float[Tensor, "B S G head_dim"],
+    value: Float[Tensor, "B S G head_dim"],
+) -> Float[Tensor, "B S D"]:
+    """A layer of the language model; its keys and values are written into `key` and `value`."""
+    assert layer.attention_norm is not None
+    assert layer.mlp_norm is not None
+    query = _project(layer, _rms_norm(x, layer.attention_norm), angles, key, value)
+    x = _add(x, _attend(query, key, value, bias), layer.out)
+    return _add(x, _gated(_rms_norm(x, layer.mlp_norm), layer), layer.down)
+
+
+def _suffix_layer(
+    layer: ExpertLayer,
+    norms: _Norms,
+    x: Float[Tensor, "B H E"],
+    angles: Rotary,
+    bias: Float[Tensor, "B _ T"],
+    key: Float[Tensor, "B T G head_dim"],
+    value: Float[Tensor, "B T G head_dim"],
+    length: int,
+) -> Float[Tensor, "B H E"]:
+    """A layer of the action expert; its keys and values are written behind the prefix's."""
+    here = key[:, length:], value[:, length:]
+    query = _project(layer, _rms_norm(x, norms.attention), angles, *here)
+    x = _add(x, _attend(query, key, value, bias), layer.out, norms.attention_gate)
+    return _add(x, _gated(_rms_norm(x, norms.mlp), layer), layer.down, norms.mlp_gate)
+
+
+def _vision_block(
+    block: VisionBlock, x: Float[Tensor, "B N D"], num_heads: int
+) -> Float[Tensor, "B N D"]:
+    qkv = _affine(_layer_norm(x, block.attention_norm), block.qkv)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x + _affine(attended, block.out)
+    return x + _affine(gelu(_affine(_layer_norm(x, block.mlp_norm), block.up)), block.down)
+
+
+def _suffix_mask(model: "Pi0", valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "B _ T"]:
+    """Who of the suffix may attend to whom; one row where all see the same."""
+    batch, length = valid.shape
+    size = model.config.suffix_length
+    if model.config.pi05:
+        return torch.cat([valid, valid.new_ones(batch, size)], dim=1)[:, None]
+    place = torch.arange(length + size, device=valid.device)
+    sees = place <= torch.where(place[length:, None] == length, length, length + size)
+    before = torch.cat([valid, valid.new_ones(batch, size)], dim=1)
+    return before[:, None] & sees
+
+
+def _bias(mask: Bool[Tensor, "B _ T"], dtype: torch.dtype) -> Float[Tensor, "B _ T"]:
+    """What is added to logits: a finite number as large as this absorbs any of them."""
+    return torch.where(mask, 0.0, MASKED_LOGIT).to(dtype)
+
+
+def _affine(x: Float[Tensor, "*batch inputs"], affine: Affine) -> Float[Tensor, "*batch outputs"]:
+    if affine.bias is None or affine.bias.ndim == 1:
+        return F.linear(x, affine.kernel.T, affine.bias)
+    return x @ affine.kernel + affine.bias
+
+
+def _layer_norm(x: Float[Tensor, "B N D"], norm: Norm) -> Float[Tensor, "B N D"]:
+    high = x.to(wide(x.dtype))
+    normed = F.layer_norm(high, norm.scale.shape, norm.scale, norm.shift, LAYER_NORM_EPSILON)
+    return normed.to(x.dtype)
+
+
+def _rms_norm(x: Float[Tensor, "B S D"], norm: Norm) -> Float[Tensor, "B S D"]:
+    normed = rms_normalize(x) * norm.scale
+    return (normed if norm.shift is None else normed + norm.shift).to(x.dtype)
+
+
+def _project(
+    layer: ExpertLayer,
+    x: Float[Tensor, "B S D"],
+    angles: Rotary,
+    key: Float[Tensor, "B S G head_dim"],
+    value: Float[Tensor, "B S G head_dim"],
+) -> Float[Tensor, "B S K head_dim"]:
+    """Queries; keys and values are written where they are wanted."""
+    heads = (x @ layer.qkv).unflatten(-1, (-1, key.shape[-1]))
+    groups = key.shape[2]
+    query, new_key, new_value = heads.split([heads.shape[2] - 2 * groups, groups, groups], dim=2)
+    key.copy_(rotate(new_key, angles))
+    value.copy_(new_value)
+    return rotate(query, angles)
+
+
+def _project_keys(
+    layer: ExpertLayer,
+    x: Float[Tensor, "B S D"],
+    angles: Rotary,
+    key: Float[Tensor, "B S G head_dim"],
+    value: Float[Tensor, "B S G head_dim"],
+) -> None:
+    """Of the last layer of the prefix nobody reads more than keys and values."""
+    assert layer.attention_norm is not None
+    normed, outputs = _rms_norm(x, layer.attention_norm), 2 * key.shape[2] * key.shape[3]
+    new_key, new_value = (normed @ layer.qkv[:, -outputs:]).chunk(2, dim=-1)
+    key.copy_(rotate(new_key.reshape(key.shape), angles))
+    value.copy_(new_value.reshape(value.shape))
+
+
+def _attend(
+    query: Float[Tensor, "B S K head_dim"],
+    key: Float[Tensor, "B T G head_dim"],
+    value: Float[Tensor, "B T G head_dim"],
+    bias: Float[Tensor, "B _ T"],
+) -> Float[Tensor, "B S K*head_dim"]:
+    """Softmax attention of queries that are scaled already.
+
+    The heads that share keys are rows of one product, so that no key is read twice.
+    """
+    batch, rows, heads, head_dim = query.shape
+    groups = key.shape[2]
+    grouped = query.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+    if bias.shape[1] > 1:
+        bias = bias.repeat_interleave(heads // groups, dim=1)
+    attended = F.scaled_dot_product_attention(
+        grouped,
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=bias[:, None],
+        scale=1.0,
+    )
+    apart = attended.unflatten(2, (rows, heads // groups)).transpose(1, 2)
+    return apart.reshape(batch, rows, heads * head_dim)
+
+
+def _gated(x: Float[Tensor, "B S D"], layer: ExpertLayer) -> Float[Tensor, "B S F"]:
+    gate, up = (x @ layer.gate_up).chunk(2, dim=-1)
+    return gelu(gate) * up
+
+
+def _add(
+    x: Float[Tensor, "B S D"],
+    y: Float[Tensor, "B S inputs"],
+    kernel: Float[Tensor, "inputs D"],
+    gate: Float[Tensor, "D"] | None = None,
+) -> Float[Tensor, "B S D"]:
+    """x + (y · kernel) * gate."""
+    if gate is not None:
+        return torch.addcmul(x, y @ kernel, gate)
+    return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), kernel).reshape(x.shape)
+
+
+def _tensors(record: Any) -> tuple[Tensor, ...]:
+    """The fields of a dataclass."""
+    return tuple(getattr(record, field.name) for field in dataclasses.fields(record))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
