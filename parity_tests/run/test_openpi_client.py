@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from parity_tests.run.policies import LIBERO, echo_policy
+from parity_tests.run.policies import LIBERO, EchoModel, echo_policy, pruned
 from parity_tests.run.servers import EchoPolicy, serving
 from pruner_run import msgpack_numpy
 from pruner_run.data.examples import random_observation
+from pruner_run.kept_bits import kept_patches
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +21,17 @@ def client(openpi_client):
     return lambda server, **options: WebsocketClientPolicy("127.0.0.1", server.port, **options)
 
 
+class PruningModel(EchoModel):
+    """Keeps three patches of each camera."""
+
+    def kept(self):
+        return dict.fromkeys(("base_0_rgb", "left_wrist_0_rgb"), np.arange(16)[None] < 3)
+
+
 @pytest.fixture(scope="module")
 def libero():
     """A policy of LIBERO's transforms around no model, served."""
-    policy = echo_policy(LIBERO)
+    policy = echo_policy(pruned(LIBERO), model=PruningModel())
     with serving(policy, max_message_bytes=2**20) as server:
         yield policy, server
 
@@ -135,3 +143,4 @@ def test_the_broker_and_the_runtime(client, openpi_client, libero):
     assert time.monotonic() - started < 30
     assert [action["actions"].shape for action in applied] == [(7,)] * 2 * horizon
     assert applied[0]["pruning"] == applied[1]["pruning"]
+    assert kept_patches(applied[0])["base_0_rgb"].sum() == 3
