@@ -6,7 +6,8 @@ weights are folded, gives it segments of `2 * inner` bytes, whole cache lines at
 
 The norm costs no launch and no pass of its own. With r = 1 / rms(x), a row's norm times a kernel is
 r · ((x · scale) kernel) + shift kernel: the squares are summed while the rows go by, r multiplies
-the result, and the shift is the tile's last row, which no row of x needs.
+the result, and the shift is the tile's last row, which no row of x needs. So x · scale and the
+shift are rounded one by one, where the plain path rounds their sum.
 
 Where launches overlap, a program asks for its weights while it waits for the rows.
 """

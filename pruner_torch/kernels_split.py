@@ -39,6 +39,8 @@ def counters_of(device: torch.device) -> Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("call the kernels once before they are captured")
         _counters[device] = torch.zeros((STREAMS, COUNTERS), dtype=torch.int32, device=device)
+        if device.type == "cuda":  # once: another stream may be the next to use them
+            torch.cuda.current_stream(device).synchronize()
     streams = _streams.setdefault(device, {})
     return _counters[device][streams.setdefault(stream, len(streams) % STREAMS)]
 
