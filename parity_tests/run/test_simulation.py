@@ -168,7 +168,7 @@ def test_what_is_a_held_cube(rewards, solved_at, monkeypatch):
 def test_the_cube_has_to_be_held():
     """For half a second, twelve actions and a half."""
     environment = environments.make("aloha_sim")
-    environment.reset("transfer_cube", 1)
+    environment.reset("transfer_cube", 0)
     for action in expert.plan(environment._cube.cube[:2], fps=25):
         step = environment.step(action, observe=False)
         if step.success:
