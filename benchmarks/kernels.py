@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.graph_timing import copy_speed, error, microseconds
 from pruner_torch import kernels, kernels_plain, kernels_split, kernels_tiles
 
 LAYERS, WIDTH, MLP, HEADS, HEAD_DIM = 18, 1024, 4096, 8, 256
@@ -283,11 +283,10 @@ def steps(
     for keys in all_keys:
         cache = normal(2, LAYERS, 1, keys, 1, HEAD_DIM)
         query = torch.empty(1, len(layers.x), HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
-        given = {"layers": layers, "cache": cache, "query": query}
-        run = functools.partial(step, **given)
+        run = functools.partial(step, layers=layers, cache=cache, query=query)
         stored = [[(each,) for each in kernel] for kernel in weights]
         columns_first = [[(each,) for each in kernel] for kernel in turned]
-        calls = {
+        calls: dict[str, Call] = {
             "triton": functools.partial(run, kernels, stored),
             "triton, transposed": functools.partial(run, kernels, columns_first),
             "triton, float8": functools.partial(run, kernels, small),
@@ -296,7 +295,9 @@ def steps(
             "eager": functools.partial(run, kernels_plain, stored),
         }
         if compiled is not None and keys == all_keys[0]:
-            calls["compiled"] = functools.partial(compiled(step), kernels_plain, stored, **given)
+            calls["compiled"] = functools.partial(
+                run, kernels_plain, stored, each=compiled(expert_layer)
+            )
         wide = [[(each.double(),) for each in kernel] for kernel in weights]
         doubles = {"layers": layers.double(), "cache": cache.double(), "query": query.double()}
         expected = functools.partial(step, kernels_plain, wide, 0, **doubles)
@@ -311,20 +312,36 @@ def step(
     layers: Layers,
     cache: Tensor,
     query: Tensor,
+    each: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """All layers of the action expert, over a prefix's keys and values; five launches each."""
-    x, rows = layers.x, len(layers.x)
-    for i, (qkv, out, gate_up, down) in enumerate(zip(*weights, strict=True)):
-        key, value = cache[0, i], cache[1, i]
-        module.normed_rotated(
-            x[None], *layers.norm(i), qkv[0], *layers.angle, HEADS,
-            query, key[:, -rows:], value[:, -rows:], *qkv[1:],
-        )  # fmt: skip
-        attended = module.attend(query, key, value, None)[0]
-        x = module.linear_residual(attended, out[0], x, layers.gate[i], *out[1:])
-        wide = module.normed_gated(x, *layers.norm(i), gate_up[0], *gate_up[1:])
-        x = module.linear_residual(wide, down[0], x, layers.gate[i], *down[1:])
+    """All layers of the action expert, over a prefix's keys and values."""
+    x, each = layers.x, each or expert_layer
+    for i, kernel in enumerate(zip(*weights, strict=True)):
+        tables = (*layers.norm(i), layers.gate[i], *layers.angle)
+        x = each(module, x, *kernel, tables, cache[0, i], cache[1, i], query)
     return x
+
+
+def expert_layer(
+    module: Any,
+    x: Tensor,
+    qkv: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
+    gate_up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    key: Tensor,
+    value: Tensor,
+    query: Tensor,
+) -> Tensor:
+    """Five launches."""
+    scale, shift, gate, cos, sin = tables
+    outputs = (query, key[:, -len(x) :], value[:, -len(x) :])
+    module.normed_rotated(x[None], scale, shift, qkv[0], cos, sin, HEADS, *outputs, *qkv[1:])
+    attended = module.attend(query, key, value, None)[0]
+    x = module.linear_residual(attended, out[0], x, gate, *out[1:])
+    wide = module.normed_gated(x, scale, shift, gate_up[0], *gate_up[1:])
+    return module.linear_residual(wide, down[0], x, gate, *down[1:])
 
 
 def measured(case: Case, speed: float) -> Iterator[dict[str, Any]]:
@@ -355,43 +372,6 @@ def line(row: dict[str, Any]) -> str:
     off = f"error {row['error']:.1e}" if "error" in row else ""
     times = row["us"] / row["floor_us"]
     return f"  {row['way']:34} {row['us']:9.2f} µs {rate:6.2f} TB/s {times:6.2f} x floor  {off}"
-
-
-def error(call: Call, expected: Tensor) -> float:
-    """The largest difference from float64 over the largest value; unwritten memory is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    found = call(0)
-    torch.use_deterministic_algorithms(False)
-    difference = (found.double().flatten() - expected.flatten()).abs().max()
-    return float(difference / expected.abs().max())
-
-
-def microseconds(call: Call, layers: int, replays: int = 30) -> float:
-    """Of a call: the median of replays of a CUDA graph that calls once a layer."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call(0)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(layers):
-            call(layer)
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 1e3 * statistics.median(times) / layers
-
-
-def copy_speed(size: int = 1 << 30) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
-    source, target = (torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * size / microseconds(lambda _: target.copy_(source), 1) * 1e6
 
 
 if __name__ == "__main__":
