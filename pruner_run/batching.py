@@ -76,6 +76,11 @@ class Batcher:
         """Requests that are not being computed yet."""
         return self._requests.qsize()
 
+    @property
+    def admitted_count(self) -> int:
+        """Requests that are here."""
+        return self._admitted
+
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Holds a place for a request. To be called from one thread, the event loop's.
