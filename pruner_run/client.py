@@ -57,7 +57,11 @@ class RemotePolicy:
             raise ConnectionRefusedError(f"{address}: expected a policy server: {error}") from error
         except OSError as error:
             raise ConnectionError(f"{address}: expected a policy server, got {error}") from error
-        self.metadata: dict[str, Any] = unpack(self._received())
+        try:
+            self.metadata: dict[str, Any] = unpack(self._received())
+        except BaseException:
+            self.close()
+            raise
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """The server's answer, with "client_timing": total_ms, from packing to unpacking.

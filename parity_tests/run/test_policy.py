@@ -19,6 +19,7 @@ from parity_tests.run.policies import (
     MODEL,
     PLAIN,
     EchoModel,
+    config_of,
     echo_policy,
     pruned,
     stats_of,
@@ -443,6 +444,12 @@ def test_what_transforms_would_take_in_silence(config, change, said):
     policy = echo_policy(config)
     with pytest.raises(ValueError, match=said):
         policy.infer(policy.example() | change)
+
+
+def test_a_state_of_generated_data_has_any_length():
+    """No statistics say how long it is."""
+    policy = echo_policy(config_of("plain", fake=True, default_prompt="go on"))
+    assert policy.infer(policy.example() | {"state": np.zeros(3)})["actions"].shape == (4, 6)
 
 
 def test_an_observation_that_is_none():
