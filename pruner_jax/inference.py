@@ -81,6 +81,11 @@ class Sampler:
         self._schedules: dict[int, Schedule] = {}
         self._encode = jax.jit(functools.partial(_encode, self.model), static_argnums=2)
         self._act = jax.jit(functools.partial(act, self.model), static_argnums=6)
+        self._embed = jax.jit(functools.partial(_embed, self.model), static_argnums=2)
+        self._select = jax.jit(self.model.select)
+        self._prune = jax.jit(functools.partial(sampling.prune, self.model), static_argnums=2)
+        self._prefill = jax.jit(functools.partial(prefill, self.model))
+        self._denoise = jax.jit(functools.partial(denoise, self.model))
 
     def sample_actions(
         self,
@@ -107,6 +112,33 @@ class Sampler:
         """See `sampling.Stages`."""
         steps = self._schedule(num_steps)
         return self._act(self._weights, steps, encoded, selection, state, noise, capacity)
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        """See `sampling.Stages`."""
+        return self._embed(self._weights, observation, plan)
+
+    def select(self, encoded: "Encoded") -> Selection:
+        """See `sampling.Stages`."""
+        return self._select(encoded)
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        """See `sampling.Stages`."""
+        return self._prune(encoded, selection, capacity)
+
+    def prefill(self, prefix: "Prefix") -> Cache:
+        """See `sampling.Stages`."""
+        return self._prefill(self._weights, prefix)
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: Cache,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        """See `sampling.Stages`."""
+        return self._denoise(self._weights, self._schedule(num_steps), cache, state, noise)
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
@@ -430,3 +462,9 @@ def _encode(
     model: "Pi0", weights: Deployed, observation: Observation, plan: EncodingPlan
 ) -> "tuple[Encoded, Any]":
     return encode(model, weights, *inputs_of(observation, plan))
+
+
+def _embed(
+    model: "Pi0", weights: Deployed, observation: Observation, plan: EncodingPlan
+) -> "Encoded":
+    return embed(model, weights, *inputs_of(observation, plan))

@@ -50,6 +50,83 @@ class Stages(Protocol):
         """Actions, from at most `capacity` patches a sample; None for all as they stand."""
         ...
 
+    # The same in smaller parts, to be measured one by one.
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        """`encode` without the selection."""
+        ...
+
+    def select(self, encoded: "Encoded") -> Selection:
+        """Which patches are kept."""
+        ...
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        """The prefix of those patches, and of the prompt."""
+        ...
+
+    def prefill(self, prefix: "Prefix") -> Any:
+        """Keys and values of the prefix."""
+        ...
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: Any,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        """Actions, from the keys and values that `prefill` gave."""
+        ...
+
+
+class PlainStages:
+    """The model's own layers, compiled."""
+
+    def __init__(self, model: "Pi0") -> None:
+        self._graph, self._weights = nnx.split(model)
+        # Neither reads a parameter.
+        self._select = jax.jit(model.select)
+        self._prune = jax.jit(functools.partial(prune, model), static_argnums=2)
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        return _encode(self._graph, self._weights, observation, plan)
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        return _act(
+            self._graph, self._weights, encoded, selection, state, noise, capacity, num_steps
+        )
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        return _embed(self._graph, self._weights, observation, plan)
+
+    def select(self, encoded: "Encoded") -> Selection:
+        return self._select(encoded)
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        return self._prune(encoded, selection, capacity)
+
+    def prefill(self, prefix: "Prefix") -> KVCache:
+        return _prefill(self._graph, self._weights, prefix)
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: KVCache,
+        state: Float[Array, "B A"],
+        noise: Float[Array, "B H A"],
+        num_steps: int,
+    ) -> Float[Array, "B H A"]:
+        return _denoise(self._graph, self._weights, prefix, cache, state, noise, num_steps)
+
 
 def sample_actions(
     model: "Pi0",
@@ -79,7 +156,7 @@ def sample_actions(
             the sample's actions are NaN, as they would be without pruning.
     """
     check_actions("noise", noise, observation.batch_size, model.config)
-    stages = _PlainStages(*nnx.split(model)) if stages is None else stages
+    stages = PlainStages(model) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
     noise = jnp.asarray(noise).astype(observation.state.dtype)
@@ -165,28 +242,6 @@ def stats(model: "Pi0") -> dict[str, Any]:
     return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
 
 
-@dataclasses.dataclass(frozen=True)
-class _PlainStages:
-    """The model's own layers, compiled."""
-
-    graph: Any
-    weights: Any
-
-    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
-        return _encode(self.graph, self.weights, observation, plan)
-
-    def act(
-        self,
-        encoded: "Encoded",
-        selection: Selection,
-        state: Float[Array, "B A"],
-        noise: Float[Array, "B H A"],
-        capacity: int | None,
-        num_steps: int,
-    ) -> Float[Array, "B H A"]:
-        return _act(self.graph, self.weights, encoded, selection, state, noise, capacity, num_steps)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _encode(
     graph: Any, weights: Any, observation: Observation, plan: EncodingPlan
@@ -210,3 +265,26 @@ def _act(
     model = nnx.merge(graph, weights)
     prefix = prune(model, encoded, selection, capacity)
     return denoise(model, prefix, model.prefill(prefix), state, noise, num_steps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _embed(graph: Any, weights: Any, observation: Observation, plan: EncodingPlan) -> "Encoded":
+    return nnx.merge(graph, weights).encode(observation, plan.cameras, plan.prompt_length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(graph: Any, weights: Any, prefix: "Prefix") -> KVCache:
+    return nnx.merge(graph, weights).prefill(prefix)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _denoise(
+    graph: Any,
+    weights: Any,
+    prefix: "Prefix",
+    cache: KVCache,
+    state: Float[Array, "B A"],
+    noise: Float[Array, "B H A"],
+    num_steps: int,
+) -> Float[Array, "B H A"]:
+    return denoise(nnx.merge(graph, weights), prefix, cache, state, noise, num_steps)

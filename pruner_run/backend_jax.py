@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 
 from pruner_jax import checkpoint, sampling, sharding
+from pruner_jax.inference import Sampler
 from pruner_jax.pi0 import Pi0
 from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
-from pruner_spec.observation import EncodingPlan, Observation
+from pruner_spec.observation import Observation
 from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 
@@ -39,11 +40,9 @@ class JaxBackend:
     def model(
         self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
     ) -> "JaxModel":
-        if fast:
-            raise ValueError("path: expected 'plain', got 'fast', which JAX does not have yet")
         if weights is None:
-            return JaxModel(_random_model(config))
-        return JaxModel(checkpoint.load(weights, config))
+            return JaxModel(_random_model(config), fast=fast)
+        return JaxModel(checkpoint.load(weights, config), fast=fast)
 
     def devices(self, fsdp_devices: int = 1) -> "JaxDevices":
         return JaxDevices(fsdp_devices)
@@ -125,13 +124,15 @@ def _join() -> None:
 class JaxModel:
     """A `Pi0`, NumPy in and out."""
 
-    def __init__(self, model: Pi0) -> None:
-        self._model = model
+    def __init__(self, model: Pi0, *, fast: bool = False) -> None:
+        self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
+        # The sampler has its own arrays, and does without the model's.
+        self._model = self._stages.model if isinstance(self._stages, Sampler) else model
 
     def sample_actions(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> np.ndarray:
-        return np.asarray(self._model.sample_actions(observation, jnp.asarray(noise), num_steps))
+        return np.asarray(self._sample(observation, noise, num_steps))
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
@@ -171,7 +172,7 @@ class JaxModel:
         )
 
         def call() -> jax.Array:
-            return self._model.sample_actions(there, noise_there, num_steps).block_until_ready()
+            return self._sample(there, noise_there, num_steps).block_until_ready()
 
         return call
 
@@ -186,61 +187,33 @@ class JaxModel:
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        functions, weights = _stage_functions(self._model, num_steps)
-        encode, select, pack, prefill, denoise = functions
-        plan = sampling.plan_of(observation)
-        there = self._model.prepare(observation)
+        model, plan, stages = self._model, sampling.plan_of(observation), self._stages
+        there = model.prepare(observation)
         noise_there = jnp.asarray(noise, there.state.dtype)
         finish = jax.block_until_ready
+        encoded, vision = clocked(lambda: stages.embed(there, plan), finish)
 
         def prune() -> Any:
-            selection = select(weights, encoded)
-            return pack(
-                weights, encoded, selection, sampling.capacity(self._model, encoded, selection)
-            )
+            selection = stages.select(encoded)
+            room = sampling.capacity(model, encoded, selection)
+            return stages.prune(encoded, selection, room)
 
-        encoded, vision = clocked(lambda: encode(weights, there, plan), finish)
         prefix, pruning = clocked(prune, finish)
-        cache, reading = clocked(lambda: prefill(weights, prefix), finish)
-        inputs = (weights, prefix, cache, there.state, noise_there)
-        _, denoising = clocked(lambda: denoise(*inputs), finish)
+        cache, reading = clocked(lambda: stages.prefill(prefix), finish)
+        inputs = (prefix, cache, there.state, noise_there, num_steps)
+        _, denoising = clocked(lambda: stages.denoise(*inputs), finish)
         return {
             "vision": vision,
-            "pruning": pruning if self._model.config.prunes_at_inference else 0.0,
+            "pruning": pruning if model.config.prunes_at_inference else 0.0,
             "prefix": reading,
             "denoising": denoising,
         }
 
+    def _sample(self, observation: Observation, noise: Any, num_steps: int) -> jax.Array:
+        return sampling.sample_actions(self._model, observation, noise, num_steps, self._stages)
+
     def stats(self) -> dict[str, Any]:
         return self._model.get_token_pruning_stats()
-
-
-def _stage_functions(model: Pi0, num_steps: int) -> tuple[tuple[Callable[..., Any], ...], Any]:
-    """Encode, select, pack, prefill and denoise, each compiled alone; and the model's weights."""
-    graph, weights = nnx.split(model)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def encode(weights: Any, observation: Observation, plan: EncodingPlan) -> Any:
-        return nnx.merge(graph, weights).encode(observation, plan.cameras, plan.prompt_length)
-
-    @jax.jit
-    def select(weights: Any, encoded: Any) -> Any:
-        return nnx.merge(graph, weights).select(encoded)
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def pack(weights: Any, encoded: Any, selection: Any, room: int | None) -> Any:
-        return sampling.prune(nnx.merge(graph, weights), encoded, selection, room)
-
-    @jax.jit
-    def prefill(weights: Any, prefix: Any) -> Any:
-        return nnx.merge(graph, weights).prefill(prefix)
-
-    @jax.jit
-    def denoise(weights: Any, prefix: Any, cache: Any, state: Any, noise: Any) -> jax.Array:
-        model = nnx.merge(graph, weights)
-        return sampling.denoise(model, prefix, cache, state, noise, num_steps)
-
-    return (encode, select, pack, prefill, denoise), weights
 
 
 create = JaxBackend

@@ -16,6 +16,7 @@ from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 from pruner_torch import checkpoint, sampling, sharding
+from pruner_torch.inference import Sampler
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Pi0
 from pruner_torch.training import Trainer
@@ -36,11 +37,9 @@ class TorchBackend:
     def model(
         self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
     ) -> "TorchModel":
-        if fast:
-            raise ValueError("path: expected 'plain', got 'fast', which PyTorch does not have yet")
         if weights is None:
-            return TorchModel(_random_model(config, self.device))
-        return TorchModel(checkpoint.load(weights, config, device=self.device))
+            return TorchModel(_random_model(config, self.device), fast=fast)
+        return TorchModel(checkpoint.load(weights, config, device=self.device), fast=fast)
 
     def devices(self, fsdp_devices: int = 1) -> "TorchDevices":
         return TorchDevices(fsdp_devices)
@@ -121,15 +120,15 @@ def _numpy(tokens: torch.Tensor) -> np.ndarray:
 class TorchModel:
     """A `Pi0`, NumPy in and out."""
 
-    def __init__(self, model: Pi0) -> None:
+    def __init__(self, model: Pi0, *, fast: bool = False) -> None:
         self._model = model
+        self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
 
     def sample_actions(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> np.ndarray:
         noise_there = torch.as_tensor(noise, device=self._model.device)
-        actions = self._model.sample_actions(observation, noise_there, num_steps)
-        return actions.cpu().numpy()
+        return self._sample(observation, noise_there, num_steps).cpu().numpy()
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
@@ -165,7 +164,7 @@ class TorchModel:
         )
 
         def call() -> torch.Tensor:
-            return self._finish(self._model.sample_actions(there, noise_there, num_steps))
+            return self._finish(self._sample(there, noise_there, num_steps))
 
         return call
 
@@ -184,29 +183,29 @@ class TorchModel:
         model, plan = self._model, sampling.plan_of(observation)
         there, noise_there = self._on_device(observation, noise)
 
-        def encode() -> Any:
-            return model.encode(there, plan.cameras, plan.prompt_length)
-
-        encoded, vision = clocked(encode, self._finish)
+        stages = self._stages
+        encoded, vision = clocked(lambda: stages.embed(there, plan), self._finish)
 
         def prune() -> Any:
-            selection = model.select(encoded)
+            selection = stages.select(encoded)
             room = sampling.capacity(model, encoded, selection)
-            return sampling.prune(model, encoded, selection, room)
+            return stages.prune(encoded, selection, room)
 
         prefix, pruning = clocked(prune, self._finish)
-        cache, reading = clocked(lambda: model.prefill(prefix), self._finish)
-
-        def denoise() -> torch.Tensor:
-            return sampling.denoise(model, prefix, cache, there.state, noise_there, num_steps)
-
-        _, denoising = clocked(denoise, self._finish)
+        cache, reading = clocked(lambda: stages.prefill(prefix), self._finish)
+        inputs = (prefix, cache, there.state, noise_there, num_steps)
+        _, denoising = clocked(lambda: stages.denoise(*inputs), self._finish)
         return {
             "vision": vision,
             "pruning": pruning if model.config.prunes_at_inference else 0.0,
             "prefix": reading,
             "denoising": denoising,
         }
+
+    def _sample(
+        self, observation: Observation, noise: torch.Tensor, num_steps: int
+    ) -> torch.Tensor:
+        return sampling.sample_actions(self._model, observation, noise, num_steps, self._stages)
 
     def _on_device(
         self, observation: Observation, noise: np.ndarray

@@ -12,7 +12,7 @@ D width, E width of the suffix, K heads, G kv heads, A action dim.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,10 +96,7 @@ class Sampler:
         def call(*inputs: Tensor) -> "tuple[Encoded, Selection]":
             return encode(self.model, self._weights, *inputs, compiled=self.settings.compiled)
 
-        inputs = inputs_of(observation, plan)
-        if self._graphs is None:
-            return call(*inputs)
-        return self._graphs(("encode", *_shapes(inputs)), call, inputs)
+        return self._replayed(call, inputs_of(observation, plan), (), ("encode",))
 
     def act(
         self,
@@ -115,23 +112,81 @@ class Sampler:
 
         def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
             read, chosen = type(encoded)(*standing[:4]), Selection(*standing[4:])
-            return act(
-                self.model,
-                self._weights,
-                steps,
-                read,
-                chosen,
-                state,
-                noise,
-                capacity,
-                self.settings.compiled,
-            )
+            inputs = (steps, read, chosen, state, noise, capacity)
+            return act(self.model, self._weights, *inputs, compiled=self.settings.compiled)
 
         standing = (*_tensors(encoded), *_tensors(selection))
+        actions = self._replayed(call, (state, noise), standing, ("act", capacity, num_steps))
+        return actions if self._graphs is None else actions.clone()
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        """See `sampling.Stages`."""
+
+        def call(*inputs: Tensor) -> "Encoded":
+            return embed(self.model, self._weights, *inputs, compiled=self.settings.compiled)
+
+        return self._replayed(call, inputs_of(observation, plan), (), ("embed",))
+
+    def select(self, encoded: "Encoded") -> Selection:
+        """See `sampling.Stages`."""
+
+        def call(*standing: Tensor) -> Selection:
+            return self.model.select(type(encoded)(*standing))
+
+        return self._replayed(call, (), _tensors(encoded), ("select",))
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        """See `sampling.Stages`."""
+
+        def call(*standing: Tensor) -> "Prefix":
+            read, chosen = type(encoded)(*standing[:4]), Selection(*standing[4:])
+            return sampling.prune(self.model, read, chosen, capacity)
+
+        standing = (*_tensors(encoded), *_tensors(selection))
+        return self._replayed(call, (), standing, ("prune", capacity))
+
+    def prefill(self, prefix: "Prefix") -> Cache:
+        """See `sampling.Stages`."""
+
+        def call(*standing: Tensor) -> Cache:
+            read = type(prefix)(*standing)
+            return prefill(self.model, self._weights, read, self.settings.compiled)
+
+        return self._replayed(call, (), _tensors(prefix), ("prefill",))
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: Cache,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        """See `sampling.Stages`."""
+        steps, layers = self._schedule(num_steps), len(cache.key)
+
+        def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
+            valid, cos, sin = standing[2 * layers :]
+            key, value = standing[:layers], standing[layers : 2 * layers]
+            read = Cache(key, value, valid, Rotary(cos, sin))
+            compiled = self.settings.compiled
+            return denoise(self.model, self._weights, steps, read, state, noise, compiled)
+
+        standing = (*cache.key, *cache.value, cache.valid, *_tensors(cache.suffix))
+        return self._replayed(call, (state, noise), standing, ("denoise", num_steps))
+
+    def _replayed(
+        self,
+        call: Callable[..., Any],
+        fresh: tuple[Tensor, ...],
+        standing: tuple[Tensor, ...],
+        key: tuple[Any, ...],
+    ) -> Any:
+        """The result of a call; of a graph's, which the next one overwrites."""
         if self._graphs is None:
-            return call(state, noise, *standing)
-        key = ("act", capacity, num_steps, *_shapes((noise, *standing)))
-        return self._graphs(key, call, (state, noise), standing).clone()
+            return call(*fresh, *standing)
+        shapes = tuple(tuple(x.shape) for x in (*fresh, *standing))
+        return self._graphs((*key, shapes), call, fresh, standing)
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
@@ -488,7 +543,3 @@ def _add(
 def _tensors(record: Any) -> tuple[Tensor, ...]:
     """The fields of a dataclass."""
     return tuple(getattr(record, field.name) for field in dataclasses.fields(record))
-
-
-def _shapes(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in tensors)

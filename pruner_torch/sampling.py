@@ -45,6 +45,80 @@ class Stages(Protocol):
         """Actions, from at most `capacity` patches a sample; None for all as they stand."""
         ...
 
+    # The same in smaller parts, to be measured one by one.
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        """`encode` without the selection."""
+        ...
+
+    def select(self, encoded: "Encoded") -> Selection:
+        """Which patches are kept."""
+        ...
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        """The prefix of those patches, and of the prompt."""
+        ...
+
+    def prefill(self, prefix: "Prefix") -> Any:
+        """Keys and values of the prefix."""
+        ...
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: Any,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        """Actions, from the keys and values that `prefill` gave."""
+        ...
+
+
+class PlainStages:
+    """The model's own layers, one after the other."""
+
+    def __init__(self, model: "Pi0") -> None:
+        self._model = model
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
+        encoded = self.embed(observation, plan)
+        return encoded, self.select(encoded)
+
+    def act(
+        self,
+        encoded: "Encoded",
+        selection: Selection,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        capacity: int | None,
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        prefix = self.prune(encoded, selection, capacity)
+        return self.denoise(prefix, self.prefill(prefix), state, noise, num_steps)
+
+    def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        return self._model.encode(observation, plan.cameras, plan.prompt_length)
+
+    def select(self, encoded: "Encoded") -> Selection:
+        return self._model.select(encoded)
+
+    def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+        return prune(self._model, encoded, selection, capacity)
+
+    def prefill(self, prefix: "Prefix") -> KVCache:
+        return self._model.prefill(prefix)
+
+    def denoise(
+        self,
+        prefix: "Prefix",
+        cache: KVCache,
+        state: Float[Tensor, "B A"],
+        noise: Float[Tensor, "B H A"],
+        num_steps: int,
+    ) -> Float[Tensor, "B H A"]:
+        return denoise(self._model, prefix, cache, state, noise, num_steps)
+
 
 @torch.no_grad()
 def sample_actions(
@@ -72,7 +146,7 @@ def sample_actions(
             the sample's actions are NaN, as they would be without pruning.
     """
     check_actions("noise", noise, observation.batch_size, model.config)
-    stages = _PlainStages(model) if stages is None else stages
+    stages = PlainStages(model) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
     noise = torch.as_tensor(noise, device=model.device).to(observation.state.dtype)
@@ -154,27 +228,3 @@ def stats(model: "Pi0") -> dict[str, Any]:
     }
     nonfinite = selection.nonfinite.cpu().numpy()
     return result | kept_counts(cameras, kept, nonfinite) | {"diagnostics": by_pool}
-
-
-@dataclasses.dataclass(frozen=True)
-class _PlainStages:
-    """The model's own layers, one after the other."""
-
-    model: "Pi0"
-
-    def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
-        encoded = self.model.encode(observation, plan.cameras, plan.prompt_length)
-        return encoded, self.model.select(encoded)
-
-    def act(
-        self,
-        encoded: "Encoded",
-        selection: Selection,
-        state: Float[Tensor, "B A"],
-        noise: Float[Tensor, "B H A"],
-        capacity: int | None,
-        num_steps: int,
-    ) -> Float[Tensor, "B H A"]:
-        prefix = prune(self.model, encoded, selection, capacity)
-        cache = self.model.prefill(prefix)
-        return denoise(self.model, prefix, cache, state, noise, num_steps)
