@@ -156,12 +156,12 @@ def _check_steps(folder: epath.Path) -> None:
     relative to the state, for one, would be taken for absolute ones."""
     for file in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
         path = folder / file
-        for step in steps_of(json_file.read(path), path) if path.exists() else []:
+        for step in steps_of(json_file.read(path), str(path)) if path.exists() else []:
             name, settings = step.get("registry_name"), step.get("config") or {}
             if name not in _LEROBOTS_STEPS and settings.get("enabled") is not False:
                 raise ValueError(
-                    f"{path}: expected steps of openpi's π0 and π0.5, got {name!r}: {settings}; "
-                    "name a training config that does the same"
+                    f"{path}: expected steps of openpi's π0 and π0.5, got {name!r}; name a training "
+                    "config that does the same"
                 )
 
 
