@@ -7,22 +7,19 @@ import dataclasses
 class InferenceSettings:
     """Ways to the same actions; the fast ones apply where the device has them.
 
-    XLA compiles and captures by itself: of these, JAX reads none but `float8`.
+    XLA compiles and captures by itself: JAX reads none of these.
 
     Attributes:
         graphs: CUDA graphs, captured at the first call of a size and replayed afterwards.
         max_graphs: sizes whose graphs are kept; the least recently used goes first.
         kernels: the project's own kernels, where a library does badly.
         compiled: `torch.compile` in the place of graphs and kernels.
-        float8: weights of the two experts in 8 bits, scaled a column. Half the bytes; what it costs
-            in accuracy is in docs/speed.md.
     """
 
     graphs: bool = True
     max_graphs: int = 32
     kernels: bool = True
     compiled: bool = False
-    float8: bool = False
 
     def __post_init__(self) -> None:
         if self.max_graphs < 1:

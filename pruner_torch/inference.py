@@ -13,6 +13,7 @@ D width, E width of the suffix, K heads, G kv heads, A action dim.
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
-from pruner_spec.sequence import MASKED_LOGIT
-from pruner_torch import sampling
+from pruner_torch import kernels, kernels_plain, sampling
 from pruner_torch.deployed import (
     Affine,
     Deployed,
@@ -37,8 +37,8 @@ from pruner_torch.deployed import (
 )
 from pruner_torch.gemma import Rotary, rotary, rotate
 from pruner_torch.graphs import Graphs
-from pruner_torch.layers import LAYER_NORM_EPSILON, gelu, wide
-from pruner_torch.pruner import Selection, rms_normalize
+from pruner_torch.layers import LAYER_NORM_EPSILON, attend, gelu, wide
+from pruner_torch.pruner import Selection
 from pruner_torch.recomputation import optimized
 from pruner_torch.siglip import patchify
 
@@ -78,6 +78,9 @@ class Sampler:
         self.settings = InferenceSettings() if settings is None else settings
         self._weights = deploy(model)
         self._schedules: dict[int, Schedule] = {}
+        # While something is being traced, `kernels` are `kernels_plain`.
+        operations = kernels if self.settings.kernels else kernels_plain
+        self._ways: Any = {"compiled": self.settings.compiled, "operations": operations}
         has_graphs = self.settings.graphs and model.device.type == "cuda"
         self._graphs = Graphs(model.device, self.settings.max_graphs) if has_graphs else None
 
@@ -113,7 +116,7 @@ class Sampler:
         def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
             read, chosen = type(encoded)(*standing[:4]), Selection(*standing[4:])
             inputs = (steps, read, chosen, state, noise, capacity)
-            return act(self.model, self._weights, *inputs, compiled=self.settings.compiled)
+            return act(self.model, self._weights, *inputs, **self._ways)
 
         standing = (*_tensors(encoded), *_tensors(selection))
         actions = self._replayed(call, (state, noise), standing, ("act", capacity, num_steps))
@@ -150,7 +153,7 @@ class Sampler:
 
         def call(*standing: Tensor) -> Cache:
             read = type(prefix)(*standing)
-            return prefill(self.model, self._weights, read, self.settings.compiled)
+            return prefill(self.model, self._weights, read, **self._ways)
 
         return self._replayed(call, (), _tensors(prefix), ("prefill",))
 
@@ -169,8 +172,7 @@ class Sampler:
             valid, cos, sin = standing[2 * layers :]
             key, value = standing[:layers], standing[layers : 2 * layers]
             read = Cache(key, value, valid, Rotary(cos, sin))
-            compiled = self.settings.compiled
-            return denoise(self.model, self._weights, steps, read, state, noise, compiled)
+            return denoise(self.model, self._weights, steps, read, state, noise, **self._ways)
 
         standing = (*cache.key, *cache.value, cache.valid, *_tensors(cache.suffix))
         return self._replayed(call, (state, noise), standing, ("denoise", num_steps))
@@ -260,6 +262,7 @@ def act(
     noise: Float[Tensor, "B H A"],
     capacity: int | None,
     compiled: bool = False,
+    operations: ModuleType = kernels_plain,
 ) -> Float[Tensor, "B H A"]:
     """Actions, from the tokens and the selection of `encode`.
 
@@ -272,10 +275,11 @@ def act(
         noise: standard normal.
         capacity: patches after pruning; None where nothing is pruned.
         compiled: whether Inductor compiles the layers.
+        operations: `kernels`, or `kernels_plain`.
     """
     prefix = sampling.prune(model, encoded, selection, capacity)
-    cache = prefill(model, weights, prefix, compiled)
-    return denoise(model, weights, schedule, cache, state, noise, compiled)
+    cache = prefill(model, weights, prefix, compiled, operations)
+    return denoise(model, weights, schedule, cache, state, noise, compiled, operations)
 
 
 def see(
@@ -295,20 +299,27 @@ def see(
     return _affine(_layer_norm(x, weights.final_norm), weights.head)
 
 
-def prefill(model: "Pi0", weights: Deployed, prefix: "Prefix", compiled: bool = False) -> Cache:
+def prefill(
+    model: "Pi0",
+    weights: Deployed,
+    prefix: "Prefix",
+    compiled: bool = False,
+    operations: ModuleType = kernels_plain,
+) -> Cache:
     """Keys and values of the prefix."""
     config, head_dim = model.config, model.config.paligemma.head_dim
     batch, length = prefix.valid.shape
     angles = rotary(prefix.positions, head_dim, model.dtype)
-    # Nobody reads what padding attends to, so that a mask of keys is enough.
-    bias = _bias(prefix.valid[:, None], model.dtype)
+    mask = prefix.valid[:, None]  # nobody reads what padding attends to: of keys, it is enough
     room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
     key, value = (tuple(prefix.tokens.new_empty(room) for _ in weights.language) for _ in range(2))
     layer_of = optimized(_prefix_layer, compiled)
     x, last = prefix.tokens, len(weights.language) - 1
     for layer, *rooms in zip(weights.language[:last], key, value, strict=False):
-        x = layer_of(layer, x, angles, bias, *(each[:, :length] for each in rooms))
-    _project_keys(weights.language[last], x, angles, key[last][:, :length], value[last][:, :length])
+        here = (each[:, :length] for each in rooms)
+        x = layer_of(layer, x, angles, mask, *here, operations)
+    here = key[last][:, :length], value[last][:, :length]
+    _project_keys(weights.language[last], x, angles, *here, operations)
     place = torch.arange(config.suffix_length, device=prefix.length.device)
     suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
     return Cache(key, value, prefix.valid, suffix)
@@ -322,9 +333,10 @@ def denoise(
     state: Float[Tensor, "B A"],
     noise: Float[Tensor, "B H A"],
     compiled: bool = False,
+    operations: ModuleType = kernels_plain,
 ) -> Float[Tensor, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
-    bias = _bias(_suffix_mask(model, cache.valid), model.dtype)
+    mask = _suffix_mask(model, cache.valid)
     first = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
     layer_of, length = optimized(_suffix_layer, compiled), cache.valid.shape[1]
     x = noise
@@ -332,10 +344,9 @@ def denoise(
         y = _suffix_tokens(weights, schedule, step, x, first).to(model.dtype)
         for place, layer in enumerate(weights.action):
             norms = _norms(layer, schedule, step, place)
-            y = layer_of(
-                layer, norms, y, cache.suffix, bias, cache.key[place], cache.value[place], length
-            )
-        y = _rms_norm(y, _final_norm(weights, schedule, step))
+            past = cache.key[place], cache.value[place]
+            y = layer_of(layer, norms, y, cache.suffix, mask, *past, length, operations)
+        y = _rms_norm(y, _final_norm(weights, schedule, step), operations)
         output = y[:, -model.config.action_horizon :].to(wide(model.dtype))
         x = x + schedule.step * _affine(output, weights.action_out)
     return x
@@ -393,16 +404,16 @@ def _prefix_layer(
     layer: ExpertLayer,
     x: Float[Tensor, "B S D"],
     angles: Rotary,
-    bias: Float[Tensor, "B 1 S"],
+    mask: Bool[Tensor, "B 1 S"],
     key: Float[Tensor, "B S G head_dim"],
     value: Float[Tensor, "B S G head_dim"],
+    operations: ModuleType,
 ) -> Float[Tensor, "B S D"]:
     """A layer of the language model; its keys and values are written into `key` and `value`."""
     assert layer.attention_norm is not None
     assert layer.mlp_norm is not None
-    query = _project(layer, _rms_norm(x, layer.attention_norm), angles, key, value)
-    x = _add(x, _attend(query, key, value, bias), layer.out)
-    return _add(x, _gated(_rms_norm(x, layer.mlp_norm), layer), layer.down)
+    norms = _Norms(layer.attention_norm, None, layer.mlp_norm, None)
+    return _layer(layer, norms, x, angles, mask, (key, value), (key, value), operations)
 
 
 def _suffix_layer(
@@ -410,16 +421,49 @@ def _suffix_layer(
     norms: _Norms,
     x: Float[Tensor, "B H E"],
     angles: Rotary,
-    bias: Float[Tensor, "B _ T"],
+    mask: Bool[Tensor, "B _ T"],
     key: Float[Tensor, "B T G head_dim"],
     value: Float[Tensor, "B T G head_dim"],
     length: int,
+    operations: ModuleType,
 ) -> Float[Tensor, "B H E"]:
     """A layer of the action expert; its keys and values are written behind the prefix's."""
-    here = key[:, length:], value[:, length:]
-    query = _project(layer, _rms_norm(x, norms.attention), angles, *here)
-    x = _add(x, _attend(query, key, value, bias), layer.out, norms.attention_gate)
-    return _add(x, _gated(_rms_norm(x, norms.mlp), layer), layer.down, norms.mlp_gate)
+    new = key[:, length:], value[:, length:]
+    return _layer(layer, norms, x, angles, mask, new, (key, value), operations)
+
+
+def _layer(
+    layer: ExpertLayer,
+    norms: _Norms,
+    x: Float[Tensor, "B S D"],
+    angles: Rotary,
+    mask: Bool[Tensor, "B _ T"],
+    new: tuple[Float[Tensor, "B S G head_dim"], Float[Tensor, "B S G head_dim"]],
+    everything: tuple[Float[Tensor, "B T G head_dim"], Float[Tensor, "B T G head_dim"]],
+    operations: ModuleType,
+) -> Float[Tensor, "B S D"]:
+    """A layer of either expert.
+
+    Args:
+        layer, norms: its weights.
+        x: its input.
+        angles: RoPE of its tokens.
+        mask: which keys they may attend to.
+        new: where their keys and values are written, a part of `everything`.
+        everything: keys and values that they attend to.
+        operations: `kernels`, or `kernels_plain`.
+    """
+    shape, head_dim = x.shape, everything[0].shape[-1]
+    heads = len(layer.out) // head_dim
+    query = x.new_empty(*shape[:2], heads, head_dim)
+    cos, sin = angles.cos[:, :, 0], angles.sin[:, :, 0]
+    scale, shift = norms.attention.scale, norms.attention.shift
+    operations.normed_rotated(x, scale, shift, layer.qkv, cos, sin, heads, query, *new)
+    attended = _attend(query, *everything, mask, operations).flatten(0, 1)
+    x = x.flatten(0, 1)
+    x = operations.linear_residual(attended, layer.out, x, norms.attention_gate)
+    gated = operations.normed_gated(x, norms.mlp.scale, norms.mlp.shift, layer.gate_up)
+    return operations.linear_residual(gated, layer.down, x, norms.mlp_gate).reshape(shape)
 
 
 def _vision_block(
@@ -444,11 +488,6 @@ def _suffix_mask(model: "Pi0", valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "B _ 
     return before[:, None] & sees
 
 
-def _bias(mask: Bool[Tensor, "B _ T"], dtype: torch.dtype) -> Float[Tensor, "B _ T"]:
-    """What is added to logits: a finite number as large as this absorbs any of them."""
-    return torch.where(mask, 0.0, MASKED_LOGIT).to(dtype)
-
-
 def _affine(x: Float[Tensor, "*batch inputs"], affine: Affine) -> Float[Tensor, "*batch outputs"]:
     if affine.bias is None or affine.bias.ndim == 1:
         return F.linear(x, affine.kernel.T, affine.bias)
@@ -461,25 +500,11 @@ def _layer_norm(x: Float[Tensor, "B N D"], norm: Norm) -> Float[Tensor, "B N D"]
     return normed.to(x.dtype)
 
 
-def _rms_norm(x: Float[Tensor, "B S D"], norm: Norm) -> Float[Tensor, "B S D"]:
-    normed = rms_normalize(x) * norm.scale
-    return (normed if norm.shift is None else normed + norm.shift).to(x.dtype)
-
-
-def _project(
-    layer: ExpertLayer,
-    x: Float[Tensor, "B S D"],
-    angles: Rotary,
-    key: Float[Tensor, "B S G head_dim"],
-    value: Float[Tensor, "B S G head_dim"],
-) -> Float[Tensor, "B S K head_dim"]:
-    """Queries; keys and values are written where they are wanted."""
-    heads = (x @ layer.qkv).unflatten(-1, (-1, key.shape[-1]))
-    groups = key.shape[2]
-    query, new_key, new_value = heads.split([heads.shape[2] - 2 * groups, groups, groups], dim=2)
-    key.copy_(rotate(new_key, angles))
-    value.copy_(new_value)
-    return rotate(query, angles)
+def _rms_norm(
+    x: Float[Tensor, "B S D"], norm: Norm, operations: ModuleType
+) -> Float[Tensor, "B S D"]:
+    normed = operations.rms_normalize(x.flatten(0, 1), norm.scale, norm.shift)
+    return normed.reshape(x.shape)
 
 
 def _project_keys(
@@ -488,10 +513,12 @@ def _project_keys(
     angles: Rotary,
     key: Float[Tensor, "B S G head_dim"],
     value: Float[Tensor, "B S G head_dim"],
+    operations: ModuleType,
 ) -> None:
     """Of the last layer of the prefix nobody reads more than keys and values."""
     assert layer.attention_norm is not None
-    normed, outputs = _rms_norm(x, layer.attention_norm), 2 * key.shape[2] * key.shape[3]
+    normed = _rms_norm(x, layer.attention_norm, operations)
+    outputs = 2 * key.shape[2] * key.shape[3]
     new_key, new_value = (normed @ layer.qkv[:, -outputs:]).chunk(2, dim=-1)
     key.copy_(rotate(new_key.reshape(key.shape), angles))
     value.copy_(new_value.reshape(value.shape))
@@ -501,43 +528,13 @@ def _attend(
     query: Float[Tensor, "B S K head_dim"],
     key: Float[Tensor, "B T G head_dim"],
     value: Float[Tensor, "B T G head_dim"],
-    bias: Float[Tensor, "B _ T"],
+    mask: Bool[Tensor, "B _ T"],
+    operations: ModuleType,
 ) -> Float[Tensor, "B S K*head_dim"]:
-    """Softmax attention of queries that are scaled already.
-
-    The heads that share keys are rows of one product, so that no key is read twice.
-    """
-    batch, rows, heads, head_dim = query.shape
-    groups = key.shape[2]
-    grouped = query.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
-    if bias.shape[1] > 1:
-        bias = bias.repeat_interleave(heads // groups, dim=1)
-    attended = F.scaled_dot_product_attention(
-        grouped,
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=bias[:, None],
-        scale=1.0,
-    )
-    apart = attended.unflatten(2, (rows, heads // groups)).transpose(1, 2)
-    return apart.reshape(batch, rows, heads * head_dim)
-
-
-def _gated(x: Float[Tensor, "B S D"], layer: ExpertLayer) -> Float[Tensor, "B S F"]:
-    gate, up = (x @ layer.gate_up).chunk(2, dim=-1)
-    return gelu(gate) * up
-
-
-def _add(
-    x: Float[Tensor, "B S D"],
-    y: Float[Tensor, "B S inputs"],
-    kernel: Float[Tensor, "inputs D"],
-    gate: Float[Tensor, "D"] | None = None,
-) -> Float[Tensor, "B S D"]:
-    """x + (y · kernel) * gate."""
-    if gate is not None:
-        return torch.addcmul(x, y @ kernel, gate)
-    return torch.addmm(x.flatten(0, 1), y.flatten(0, 1), kernel).reshape(x.shape)
+    """Softmax attention of queries that are scaled already."""
+    if key.shape[2] == 1 and mask.shape[1] == 1:
+        return operations.attend(query, key, value, mask[:, 0])
+    return attend(query, key, value, mask.expand(-1, query.shape[1], -1))
 
 
 def _tensors(record: Any) -> tuple[Tensor, ...]:

@@ -107,8 +107,10 @@ def linear_residual(
     kernel_scale: Float[Tensor, "N"] | None = None,
 ) -> Float[Tensor, "R N"]:
     """`kernels.linear_residual`."""
-    y = x @ dequantize(kernel, kernel_scale, x.dtype)
-    return residual + (y if gate is None else y * gate.to(y.dtype))
+    kernel = dequantize(kernel, kernel_scale, x.dtype)
+    if gate is None:
+        return torch.addmm(residual, x, kernel)
+    return torch.addcmul(residual, x @ kernel, gate.to(x.dtype))
 
 
 def attend(
