@@ -160,8 +160,8 @@ def _check_steps(folder: epath.Path) -> None:
             name, settings = step.get("registry_name"), step.get("config") or {}
             if name not in _LEROBOTS_STEPS and settings.get("enabled") is not False:
                 raise ValueError(
-                    f"{path}: expected steps of openpi's π0 and π0.5, got {name!r}; name a training "
-                    "config that does the same"
+                    f"{path}: expected steps of openpi's π0 and π0.5, got {name!r}; name a config "
+                    "that does the same"
                 )
 
 
