@@ -16,7 +16,7 @@ JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 
 # The drop-in for users of openpi's PyTorch model, of which there is only one; and Triton's kernels,
 # which XLA writes by itself.
-FILES_OF_TORCH_ALONE = {"openpi.py", "kernels.py"} | {
+FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py", "kernels.py"} | {
     f"kernels_{part}.py" for part in ("checks", "plain", "pointwise", "rows", "split", "tiles")
 }
 # A framework's own; one twin may have them where the other has not.
