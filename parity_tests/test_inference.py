@@ -1,13 +1,18 @@
 """The fast way to actions against the plain one, in each backend, and JAX's against PyTorch's."""
 
 import dataclasses
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
 from parity_tests.cases import BATCHES, MODEL_CASES, PRUNING, tiny_config
-from parity_tests.harness import BACKENDS, draw_batch, error, parameters, relative_norm
+from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters, relative_norm
 from parity_tests.record import check, report
 from parity_tests.tolerances import tolerance
 from pruner_spec.buckets import PATCH_BUCKETS, bucket
@@ -151,3 +156,107 @@ def test_jax_compiles_once_a_bucket():
     assert len(kept) > len(buckets)
     assert model.sampler._encode._cache_size() == 1
     assert model.sampler._act._cache_size() == len(buckets)
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+def test_after_the_warm_up_nothing_is_compiled():
+    """For every number of patches that may be kept."""
+    config = tiny_config(token_pruning_enabled=True, dtype="float32", vision_variant="tiny/56")
+    backend = BACKENDS["jax"]
+    model, batch = Deployed(backend, config, parameters(config)), draw_batch(config)
+    model.sampler.warm_up(batch.observation, backend.array(batch.noise))
+    compiled = model.sampler._act._cache_size()
+    assert compiled == len(backend.module("sampling").capacities(model.sampler.model, 3))
+    model.sample(batch.observation, batch.noise)
+    assert model.sampler._act._cache_size() == compiled
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
+@pytest.mark.slow
+def test_compiled_layers_do_not_compile_again_within_a_bucket():
+    """`torch.compile` with pruning on: other inputs and other numbers of kept patches."""
+    import torch
+
+    config = tiny_config(dtype="float32", **PRUNING["implicit"])
+    weights = parameters(config)
+    model = Deployed(BACKENDS["torch"], config, weights, compiled=True)
+    first = draw_batch(config)
+    expected = model.plain.sample(first.observation, first.noise)
+    found = model.sample(first.observation, first.noise)
+    check("same computation", "float32", "torch, deployed, compiled", error(found, expected))
+    kept = {max(model.plain.stats()["kept_per_sample"])}
+    room = bucket(*kept, PATCH_BUCKETS)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(1, 9):
+            batch = draw_batch(config, seed=seed)
+            most = max(_kept_by(model.plain, batch))
+            if bucket(most, PATCH_BUCKETS) == room:
+                kept.add(most)
+                model.sample(batch.observation, batch.noise)
+    assert len(kept) > 1
+
+
+def _kept_by(model: Any, batch: Any) -> list[int]:
+    model.sample(batch.observation, batch.noise, num_steps=1)
+    return model.stats()["kept_per_sample"]
+
+
+IN_TRITON = """
+import dataclasses
+from parity_tests.cases import tiny_config
+from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
+from parity_tests.tolerances import tolerance
+from pruner_spec.config import GemmaVariant
+from pruner_spec.inference import InferenceSettings
+from pruner_torch import kernels
+from pruner_torch.inference import Sampler
+
+def variant(width, mlp_dim):
+    return GemmaVariant(
+        width=width, depth=2, mlp_dim=mlp_dim, num_heads=3, num_kv_heads=1, head_dim=32,
+        vocab_size=256,
+    )
+
+for pi05 in (True, False):
+    config = tiny_config(
+        dtype="float32", pi05=pi05, token_pruning_enabled=True,
+        paligemma_variant=variant(72, 136), action_expert_variant=variant(56, 104),
+    )
+    model, batch = BACKENDS["torch"].model(config, parameters(config)), draw_batch(config)
+    noise = BACKENDS["torch"].array(batch.noise)
+    assert kernels.available(noise)
+    found = Sampler(model.module).sample_actions(batch.observation, noise, 2).cpu()
+    expected = model.sample(batch.observation, batch.noise, num_steps=2)
+    assert error(found, expected) <= tolerance("same computation", "float32")
+"""
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
+def test_a_whole_call_over_triton_s_kernels():
+    """Interpreted where there is no GPU, which Triton must be told before it is imported."""
+    environment = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TRITON],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("torch" not in BACKENDS or DEVICE != "cuda", reason="needs a GPU")
+def test_graphs_are_replayed_and_bounded():
+    """The same actions again, other inputs other actions, and no more graphs than are asked for."""
+    config = tiny_config(dtype="bfloat16", **PRUNING["5 a camera"])
+    weights = parameters(config)
+    model = Deployed(BACKENDS["torch"], config, weights, max_graphs=3)
+    plain = Deployed(BACKENDS["torch"], config, weights, graphs=False)
+    for lengths in ((9, 20), (9, 33), (9, 20), (9, 39)):
+        for seed in range(2):
+            batch = draw_batch(config, lengths=lengths, seed=seed)
+            found = model.sample(batch.observation, batch.noise)
+            np.testing.assert_array_equal(found, plain.sample(batch.observation, batch.noise))
+    assert len(model.sampler._graphs) == 3

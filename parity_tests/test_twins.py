@@ -20,8 +20,8 @@ FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py", "kernels.py"} | {
     f"kernels_{part}.py" for part in ("checks", "plain", "pointwise", "rows", "split", "tiles")
 }
 # A framework's own; one twin may have them where the other has not.
-# JAX compiles a whole step; PyTorch compiles layers, if it is asked to.
-FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled"}
+# JAX compiles a whole step; PyTorch compiles layers, if it is asked to, or has Triton's kernels.
+FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations"}
 FRAMEWORK_NAMES = {
     "pi0.py: Pi0.device",
     "objective.py: to_device",

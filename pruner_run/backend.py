@@ -51,6 +51,12 @@ class Model(Protocol):
         """Actions denoised from the noise; returns when they are computed."""
         ...
 
+    def warm_up(
+        self, observation: Observation, noise: Float[np.ndarray, "B H A"], num_steps: int
+    ) -> None:
+        """Makes calls of these sizes as quick as they will be, whatever it takes once."""
+        ...
+
     def loss(
         self,
         observation: Observation,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, 
 from pruner_spec.training import TrainingSettings
 
 _ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# What XLA compiled for a GPU, kept for the next process, unless JAX is told of another place.
+_COMPILED = pathlib.Path("~/.cache/pi05-pruner/jax")
 _DRAWN_HERE = 1 << 20  # numbers of an array that the host draws before a function is compiled
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -32,6 +35,10 @@ class JaxBackend:
 
     name = "jax"
     title = "JAX"
+
+    def __init__(self) -> None:
+        if self.device != "cpu" and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+            jax.config.update("jax_compilation_cache_dir", str(_COMPILED.expanduser()))
 
     @property
     def device(self) -> str:
@@ -133,6 +140,10 @@ class JaxModel:
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> np.ndarray:
         return np.asarray(self._sample(observation, noise, num_steps))
+
+    def warm_up(self, observation: Observation, noise: np.ndarray, num_steps: int) -> None:
+        # For every number of patches that may be kept XLA would compile for minutes.
+        self.sample_actions(observation, noise, num_steps)
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray

@@ -130,6 +130,11 @@ class TorchModel:
         noise_there = torch.as_tensor(noise, device=self._model.device)
         return self._sample(observation, noise_there, num_steps).cpu().numpy()
 
+    def warm_up(self, observation: Observation, noise: np.ndarray, num_steps: int) -> None:
+        self.sample_actions(observation, noise, num_steps)
+        if isinstance(self._stages, Sampler):
+            self._stages.warm_up(*self._on_device(observation, noise), num_steps)
+
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
     ) -> np.ndarray:

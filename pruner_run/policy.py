@@ -222,8 +222,9 @@ class Policy:
     def warm_up(self) -> None:
         """Runs the model once for every size of a batch and length of a prompt that is likely.
 
-        With the implicit selection JAX compiles once more for a number of kept patches it has not
-        met. With a budget there is nothing left to compile.
+        What the implicit selection will keep is not known: PyTorch captures the graphs of every
+        number of patches, JAX compiles once more when it meets another one. With a budget there is
+        nothing left to compile.
         """
         example = self.prepare(self.example())
         shortest = int(example.inputs["tokenized_prompt_mask"].sum())
@@ -232,7 +233,8 @@ class Policy:
                 inputs = example.inputs | {
                     "tokenized_prompt_mask": np.arange(self.config.model.max_token_len) < length
                 }
-                self.act([Prepared(inputs, 0.0)] * size, self._zeros(size))
+                observation = _stacked([Prepared(inputs, 0.0)] * size)
+                self._model.warm_up(observation, self._zeros(size), self._num_steps)
 
     def stages(self) -> dict[str, float]:
         """Milliseconds that the model takes for "vision", "pruning", "prefix" and "denoising",
@@ -332,6 +334,7 @@ def load(
     seed: int = 0,
     max_batch: int = 1,
     robot: RobotName | None = None,
+    inference: Literal["auto", "fast", "plain"] = "auto",
     warm_up: bool = True,
 ) -> Policy:
     """A policy from a checkpoint.
@@ -352,6 +355,8 @@ def load(
         seed: of the noise.
         max_batch: observations that the model is given at once.
         robot: that the config must be of; None for any.
+        inference: the way through the model: "fast" packs weights and captures what is launched,
+            "plain" calls layer by layer. They differ by rounding. "auto" is fast on a GPU.
         warm_up: see `Policy.warm_up`.
 
     Raises:
@@ -374,7 +379,7 @@ def load(
     tokenizer = load_tokenizer(place, model)
     framework = backends.load(_chosen_backend(backend, source.framework))
     policy = Policy(
-        framework.model(model, checkpoint_dir),
+        framework.model(model, checkpoint_dir, fast=_is_fast(inference, framework.device)),
         chosen,
         source.stats,
         tokenizer,
@@ -403,6 +408,12 @@ def _chosen_backend(backend: str, own: str) -> str:
         return backends.choose(backend)[0]  # type: ignore[arg-type]
     installed = backends.choose(None)
     return own if own in installed else installed[0]
+
+
+def _is_fast(inference: str, device: str) -> bool:
+    if inference not in ("auto", "fast", "plain"):
+        raise ValueError(f"inference: expected 'auto', 'fast' or 'plain', got {inference!r}")
+    return inference == "fast" or (inference == "auto" and device != "cpu")
 
 
 def _overridden(

@@ -21,6 +21,7 @@ class PolicyOptions:
         token_prune_keep_tokens: patches that are kept a camera.
         asset_id: whose normalisation statistics, in place of the config's.
         tokenizer: a SentencePiece model, in place of the config's.
+        inference: the way through the model, fast or plain; fast on a GPU, if not given.
         num_steps: of denoising.
         seed: of the noise.
     """
@@ -31,6 +32,7 @@ class PolicyOptions:
     token_prune_keep_tokens: int | None = None
     asset_id: str | None = None
     tokenizer: Path | None = None
+    inference: Literal["auto", "fast", "plain"] = "auto"
     num_steps: int = 10
     seed: int = 0
 
@@ -47,6 +49,7 @@ class PolicyOptions:
             keep_tokens=self.token_prune_keep_tokens,
             asset_id=self.asset_id,
             tokenizer_path=self.tokenizer,
+            inference=self.inference,
             num_steps=self.num_steps,
             seed=self.seed,
             **others,

@@ -93,6 +93,25 @@ class Sampler:
         """Actions, denoised from the noise. See `sampling.sample_actions`."""
         return sampling.sample_actions(self.model, observation, noise, num_steps, stages=self)
 
+    @torch.no_grad()
+    def warm_up(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "B H A"],
+        num_steps: int = 10,
+    ) -> None:
+        """Computes actions once for every number of patches that may be kept.
+
+        Args:
+            observation, noise: of the sizes to come.
+            num_steps: Euler steps.
+        """
+        plan = sampling.plan_of(observation)
+        there = self.model.prepare(observation)
+        encoded, selection = self.encode(there, plan)
+        for room in sampling.capacities(self.model, len(plan.cameras)):
+            self.act(encoded, selection, there.state, noise, room, num_steps)
+
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
 

@@ -185,6 +185,17 @@ def capacity(model: "Pi0", encoded: "Encoded", selection: Selection) -> int | No
     return bucket(most_kept(selection, limit), PATCH_BUCKETS, limit)
 
 
+def capacities(model: "Pi0", cameras: int) -> tuple[int | None, ...]:
+    """All that `capacity` may give for so many cameras."""
+    config = model.config
+    if not config.prunes_at_inference:
+        return (None,)
+    if config.keep_budget is not None:
+        return (config.keep_budget * cameras,)
+    limit = cameras * config.vision.num_patches
+    return (*(size for size in PATCH_BUCKETS if size < limit), limit)
+
+
 def denoise(
     model: "Pi0",
     prefix: "Prefix",
