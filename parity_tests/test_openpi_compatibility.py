@@ -113,6 +113,59 @@ def test_sampling_is_the_models_own(channels_first):
     assert model.get_token_pruning_stats()["enabled"]
 
 
+@pytest.mark.parametrize(
+    ("compile_", "with_pruning", "expected"),
+    [
+        (None, None, None),
+        ("0", None, None),
+        ("0", "1", None),
+        ("1", None, True),
+        ("1", "1", True),
+        ("1", "0", None),
+        (None, "1", True),
+    ],
+)
+def test_openpis_environment_says_whether_to_compile(monkeypatch, compile_, with_pruning, expected):
+    """On a CPU, where nothing else is fast by default."""
+    for name, value in (("", compile_), ("_PRUNING", with_pruning)):
+        if value is None:
+            monkeypatch.delenv(f"OPENPI_TORCH_COMPILE{name}", raising=False)
+        else:
+            monkeypatch.setenv(f"OPENPI_TORCH_COMPILE{name}", value)
+    sampler = tiny(token_pruning_enabled=True).eval()._sampler()
+    assert (sampler and sampler.settings.compiled) == expected
+
+
+def test_another_word_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("OPENPI_TORCH_COMPILE", "maybe")
+    with pytest.raises(ValueError, match="OPENPI_TORCH_COMPILE: expected 0 or 1, got 'maybe'"):
+        tiny().eval()._sampler()
+
+
+@pytest.mark.slow
+def test_compiled_actions_are_the_models_own(monkeypatch):
+    """And stay so when the parameters are trained further, or loaded anew."""
+    monkeypatch.setenv("OPENPI_TORCH_COMPILE", "1")
+    model = tiny(token_pruning_enabled=True).eval()
+    batch = draw_batch(model.config)
+    observation, noise = openpi_observation(batch), torch.from_numpy(batch.noise)
+
+    def same() -> None:
+        found = model.sample_actions("cpu", observation, noise, num_steps=2)
+        expected = model.pi0.sample_actions(batch.observation, noise, num_steps=2)
+        check("same computation", "float32", "torch, compiled", error(found, expected))
+
+    same()
+    sampler = model._sampler()
+    assert model._sampler() is sampler
+    with torch.no_grad():
+        model.pi0.gemma.action.layers[0].mlp.gate.kernel.mul_(1.5)
+    assert model._sampler() is not sampler
+    same()
+    model.load_state_dict({name: 0.9 * x for name, x in model.state_dict().items()})
+    same()
+
+
 @pytest.mark.parametrize("scope", ["camera", "joint"])
 def test_training_draws_its_own_noise(scope):
     model = tiny(

@@ -5,6 +5,7 @@ always; this one leaves images as they are.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pruner_spec.config import CAMERAS, Pi0Config
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_table
 from pruner_torch import checkpoint, sampling
+from pruner_torch.inference import Sampler
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
@@ -25,6 +28,10 @@ class PI0Pytorch(nn.Module):
 
     `train()` selects patches softly, with gradients; `eval()` drops the others. openpi's tensor
     names are accepted by `load_state_dict`, and so by `safetensors.torch.load_model`.
+
+    In `eval()` actions are sampled the fast way (`inference.Sampler`), on a GPU by default. Two
+    environment variables of openpi's users say otherwise: OPENPI_TORCH_COMPILE=0 for layer by
+    layer, 1 for `torch.compile`; with pruning that is left to OPENPI_TORCH_COMPILE_PRUNING, if set.
 
     Args:
         config: any object with openpi's field names; missing ones get their defaults.
@@ -48,6 +55,7 @@ class PI0Pytorch(nn.Module):
         super().__init__()
         self.pi0 = Pi0(Pi0Config.from_fields(config), seed=seed, device=device)
         self.last_kept_per_sample: Tensor | None = None
+        self._deployment: _Deployment | None = None
         self.register_load_state_dict_pre_hook(_rename_from_openpi)
 
     @property
@@ -137,7 +145,19 @@ class PI0Pytorch(nn.Module):
         if noise is None:
             shape = (observation.batch_size, self.config.action_horizon, self.config.action_dim)
             noise = self.sample_noise(shape, device)
-        return self.pi0.sample_actions(observation, noise, num_steps)
+        stages = None if self.training else self._sampler()
+        return sampling.sample_actions(self.pi0, observation, noise, num_steps, stages)
+
+    def _sampler(self) -> Sampler | None:
+        """The fast way over the parameters as they are now; None for layer by layer."""
+        settings = _inference_settings(self.token_pruning_enabled, self.pi0.device)
+        if settings is None or torch.compiler.is_compiling():
+            return None
+        known = self._deployment
+        if known is None or not known.is_of(self.pi0, settings):
+            self._deployment = None  # frees what it holds before the next one is made
+            self._deployment = known = _Deployment(self.pi0, settings)
+        return known.sampler
 
     def _prefix(self, encoded: Encoded) -> Prefix:
         self.last_kept_per_sample = None
@@ -160,6 +180,50 @@ class PI0Pytorch(nn.Module):
         if self.config.token_prune_scope == "joint":
             shape = (batch, cameras * patches, cameras * patches)
         return torch.rand(shape, device=self.pi0.device, dtype=wide(self.pi0.dtype)) * scale
+
+
+class _Deployment:
+    """A sampler, and the parameters that it was made from, which may change in place."""
+
+    def __init__(self, model: Pi0, settings: InferenceSettings) -> None:
+        self.sampler = Sampler(model, settings)
+        self._made_from = (model, settings, _state_of(model))
+
+    def is_of(self, model: Pi0, settings: InferenceSettings) -> bool:
+        """Whether nothing has changed since."""
+        known, known_settings, state = self._made_from
+        return known is model and known_settings == settings and state == _state_of(model)
+
+
+def _state_of(model: Pi0) -> list[tuple[int, int]]:
+    """Where each parameter is, and how often it was written to."""
+    return [(parameter.data_ptr(), parameter._version) for parameter in model.parameters()]
+
+
+def _inference_settings(is_pruning: bool, device: torch.device) -> InferenceSettings | None:
+    """What the environment asks for; None for layer by layer."""
+    wanted, with_pruning = map(_switch, ("OPENPI_TORCH_COMPILE", "OPENPI_TORCH_COMPILE_PRUNING"))
+    if is_pruning and wanted is not False and with_pruning is not None:
+        wanted = with_pruning or None
+    if wanted is None:
+        return InferenceSettings() if device.type == "cuda" else None
+    return InferenceSettings(compiled=True) if wanted else None
+
+
+def _switch(name: str) -> bool | None:
+    """An environment variable that is on or off; None where it is not set.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off"):
+        return False
+    if value:
+        raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
+    return None
 
 
 def as_observation(observation: Any) -> Observation:
