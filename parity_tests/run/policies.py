@@ -59,6 +59,9 @@ class EchoModel:
         self.observations.append(observation)
         return noise
 
+    def warm_up(self, observation, noise, num_steps):
+        self.sample_actions(observation, noise, num_steps)
+
     def kept(self):
         raise AssertionError("asked for a selection where nothing is pruned")
 
