@@ -100,6 +100,26 @@ class Model(Protocol):
         "prefix" and "denoising"."""
         ...
 
+    def sample_kept(
+        self,
+        observation: Observation,
+        noise: Float[np.ndarray, "B H A"],
+        num_steps: int,
+        kept: Mapping[str, Bool[np.ndarray, "B N"]],
+    ) -> Float[np.ndarray, "B H A"]:
+        """Actions from patches that were chosen elsewhere, the plain way, of a model that prunes.
+
+        Args:
+            observation, noise, num_steps: see `sample_actions`.
+            kept: by camera, as `kept` says it; which then says what the model itself would keep.
+        """
+        ...
+
+    def widened(self) -> "Model":
+        """The same numbers in a float32 model, which goes the plain way with products in full
+        precision. They are moved: this model is of no use any longer."""
+        ...
+
     def stats(self) -> dict[str, Any]:
         """The model's `get_token_pruning_stats`, for the last sampled batch."""
         ...
@@ -178,17 +198,21 @@ class Backend(Protocol):
     title: str
     device: str
 
-    def model(self, config: Pi0Config, weights: Weights | None, *, fast: bool = False) -> Model:
+    def model(
+        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
+    ) -> Model:
         """A model with its weights.
 
         Args:
             config: the model's.
             weights: a checkpoint's path, or arrays by name in any layout. None for random ones, of
                 the spec's scales, that are drawn on the device.
-            fast: the way that is made for speed, in the place of the plain one.
+            fast: the way that is made for speed, in the place of the plain one. None for fast on
+                a GPU; PyTorch, which has kernels of its own there, then tries it against the plain
+                one as it warms up, and goes back to that where the two are apart.
 
         Raises:
-            ValueError: they do not fit, or there is no fast way.
+            ValueError: they do not fit.
         """
         ...
 

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,11 @@ from flax import nnx
 from pruner_jax import checkpoint, sampling, sharding
 from pruner_jax.inference import Sampler
 from pruner_jax.pi0 import Pi0
+from pruner_jax.pruner import Selection
 from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights, clocked
 from pruner_spec.config import Pi0Config
-from pruner_spec.observation import Observation
+from pruner_spec.observation import EncodingPlan, Observation
 from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 
@@ -45,8 +46,9 @@ class JaxBackend:
         return jax.default_backend()
 
     def model(
-        self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
+        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
     ) -> "JaxModel":
+        fast = self.device != "cpu" if fast is None else fast
         if weights is None:
             return JaxModel(_random_model(config), fast=fast)
         return JaxModel(checkpoint.load(weights, config), fast=fast)
@@ -220,11 +222,66 @@ class JaxModel:
             "denoising": denoising,
         }
 
-    def _sample(self, observation: Observation, noise: Any, num_steps: int) -> jax.Array:
-        return sampling.sample_actions(self._model, observation, noise, num_steps, self._stages)
+    def sample_kept(
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        num_steps: int,
+        kept: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        model, chosen = self._model, np.concatenate(list(kept.values()), axis=1)
+        stages = _ChosenStages(model, jnp.asarray(chosen))
+        actions = self._sample(observation, noise, num_steps, stages)
+        cameras, encoded, _ = model.record.last
+        model.record.last = (cameras, encoded, stages.own)
+        return np.asarray(actions)
+
+    def widened(self) -> "JaxModel":
+        config = dataclasses.replace(self._model.config, dtype="float32")
+        model = nnx.eval_shape(lambda: Pi0(config, seed=None))
+
+        def widen(array: jax.Array) -> jax.Array:
+            wide = array.astype(jnp.float32)
+            if array.dtype != jnp.float32:
+                array.delete()  # never all of both at once
+            return wide
+
+        nnx.update(model, jax.tree.map(widen, nnx.state(self._model, nnx.Param)))
+        return _WideModel(model)
+
+    def _sample(
+        self,
+        observation: Observation,
+        noise: Any,
+        num_steps: int,
+        stages: sampling.Stages | None = None,
+    ) -> jax.Array:
+        stages = self._stages if stages is None else stages
+        return sampling.sample_actions(self._model, observation, noise, num_steps, stages)
 
     def stats(self) -> dict[str, Any]:
         return self._model.get_token_pruning_stats()
+
+
+class _WideModel(JaxModel):
+    """A float32 model as a reference: on a GPU JAX would compute its products in TF32."""
+
+    def _sample(self, *arguments: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return super()._sample(*arguments)
+
+
+class _ChosenStages(sampling.PlainStages):
+    """The plain way, with patches that were chosen elsewhere; `own` are those it would keep."""
+
+    def __init__(self, model: Pi0, kept: jax.Array) -> None:
+        super().__init__(model)
+        self._kept = kept
+        self.own: Selection | None = None
+
+    def encode(self, observation: Observation, plan: EncodingPlan) -> tuple[Any, Selection]:
+        encoded, self.own = super().encode(observation, plan)
+        return encoded, dataclasses.replace(self.own, kept=self._kept)
 
 
 create = JaxBackend

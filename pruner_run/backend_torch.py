@@ -2,8 +2,9 @@
 
 import dataclasses
 import datetime
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,17 @@ from pruner_torch import checkpoint, sampling, sharding
 from pruner_torch.inference import Sampler
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Pi0
+from pruner_torch.pruner import Selection
 from pruner_torch.training import Trainer
 
 # The first process writes a checkpoint while the others wait for its next step.
 _PATIENCE = datetime.timedelta(minutes=30)
+
+
+# Two ways that only round differently are a tenth of this apart, also in bfloat16.
+_APART = 0.25
+
+logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
@@ -35,7 +43,7 @@ class TorchBackend:
         self.device = "cuda" if torch.cuda.is_available() else torch.get_default_device().type
 
     def model(
-        self, config: Pi0Config, weights: Weights | None, *, fast: bool = False
+        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
     ) -> "TorchModel":
         if weights is None:
             return TorchModel(_random_model(config, self.device), fast=fast)
@@ -120,8 +128,10 @@ def _numpy(tokens: torch.Tensor) -> np.ndarray:
 class TorchModel:
     """A `Pi0`, NumPy in and out."""
 
-    def __init__(self, model: Pi0, *, fast: bool = False) -> None:
-        self._model = model
+    def __init__(self, model: Pi0, *, fast: bool | None = False) -> None:
+        self._model, self._is_on_trial = model, fast is None
+        if fast is None:
+            fast = model.device.type == "cuda"
         self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
 
     def sample_actions(
@@ -131,9 +141,32 @@ class TorchModel:
         return self._sample(observation, noise_there, num_steps).cpu().numpy()
 
     def warm_up(self, observation: Observation, noise: np.ndarray, num_steps: int) -> None:
+        if self._is_on_trial and isinstance(self._stages, Sampler):
+            self._try(self._stages, observation, noise, num_steps)
         self.sample_actions(observation, noise, num_steps)
         if isinstance(self._stages, Sampler):
             self._stages.warm_up(*self._on_device(observation, noise), num_steps)
+
+    def _try(
+        self, sampler: Sampler, observation: Observation, noise: np.ndarray, num_steps: int
+    ) -> None:
+        """Goes back to the plain way where the fast one fails, or is apart from it.
+
+        It depends on what is installed and on the GPU, and a robot must not find out.
+        """
+        self._is_on_trial = False
+        try:
+            self.sample_actions(observation, noise, num_steps)
+            there, noise_there = self._on_device(observation, noise)
+            apart = sampler.distance(self._model, there, noise_there, num_steps)
+            if apart <= _APART:
+                return
+            reason = f"its actions are {apart:.1e} from the plain way's"
+        except Exception as error:  # a compiler's, a driver's: whatever it is, there is another way
+            logger.debug("the fast way failed", exc_info=True)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("the fast way is not taken, %s; the plain one is slower", reason)
+        self._stages = sampling.PlainStages(self._model)
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
@@ -207,10 +240,39 @@ class TorchModel:
             "denoising": denoising,
         }
 
+    def sample_kept(
+        self,
+        observation: Observation,
+        noise: np.ndarray,
+        num_steps: int,
+        kept: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        model, chosen = self._model, np.concatenate(list(kept.values()), axis=1)
+        stages = _ChosenStages(model, torch.as_tensor(chosen, device=model.device))
+        there = torch.as_tensor(noise, device=model.device)
+        actions = self._sample(observation, there, num_steps, stages)
+        cameras, encoded, _ = model.record.last
+        model.record.last = (cameras, encoded, stages.own)
+        return actions.cpu().numpy()
+
+    def widened(self) -> "TorchModel":
+        config = dataclasses.replace(self._model.config, dtype="float32")
+        with torch.device("meta"):
+            model = Pi0(config, seed=None)
+        for name, parameter in self._model.named_parameters():
+            model.load_state_dict({name: parameter.data.float()}, strict=False, assign=True)
+            parameter.data = parameter.data.new_empty(0)  # never all of both at once
+        return _WideModel(model)
+
     def _sample(
-        self, observation: Observation, noise: torch.Tensor, num_steps: int
+        self,
+        observation: Observation,
+        noise: torch.Tensor,
+        num_steps: int,
+        stages: sampling.Stages | None = None,
     ) -> torch.Tensor:
-        return sampling.sample_actions(self._model, observation, noise, num_steps, self._stages)
+        stages = self._stages if stages is None else stages
+        return sampling.sample_actions(self._model, observation, noise, num_steps, stages)
 
     def _on_device(
         self, observation: Observation, noise: np.ndarray
@@ -225,6 +287,31 @@ class TorchModel:
 
     def stats(self) -> dict[str, Any]:
         return self._model.get_token_pruning_stats()
+
+
+class _WideModel(TorchModel):
+    """A float32 model as a reference, whatever else computes float32 products in TF32."""
+
+    def _sample(self, *arguments: Any) -> torch.Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return super()._sample(*arguments)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class _ChosenStages(sampling.PlainStages):
+    """The plain way, with patches that were chosen elsewhere; `own` are those it would keep."""
+
+    def __init__(self, model: Pi0, kept: torch.Tensor) -> None:
+        super().__init__(model)
+        self._kept = kept
+        self.own: Selection | None = None
+
+    def select(self, encoded: Any) -> Selection:
+        self.own = super().select(encoded)
+        return dataclasses.replace(self.own, kept=self._kept)
 
 
 create = TorchBackend
