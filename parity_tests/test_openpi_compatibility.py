@@ -17,6 +17,8 @@ if "torch" not in BACKENDS:
     pytest.skip("PyTorch is left out", allow_module_level=True)
 
 import pruner_torch
+from pruner_torch import openpi
+from pruner_torch.inference import Sampler
 from pruner_torch.openpi import PI0Pytorch
 
 
@@ -132,14 +134,15 @@ def test_openpis_environment_says_whether_to_compile(monkeypatch, compile_, with
             monkeypatch.delenv(f"OPENPI_TORCH_COMPILE{name}", raising=False)
         else:
             monkeypatch.setenv(f"OPENPI_TORCH_COMPILE{name}", value)
-    sampler = tiny(token_pruning_enabled=True).eval()._sampler()
-    assert (sampler and sampler.settings.compiled) == expected
+    device = torch.device("cpu")
+    settings = openpi._inference_settings(is_pruning=True, device=device)
+    assert (settings and settings.compiled) == expected
 
 
 def test_another_word_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("OPENPI_TORCH_COMPILE", "maybe")
     with pytest.raises(ValueError, match="OPENPI_TORCH_COMPILE: expected 0 or 1, got 'maybe'"):
-        tiny().eval()._sampler()
+        openpi._inference_settings(is_pruning=True, device=torch.device("cpu"))
 
 
 @pytest.mark.slow
@@ -156,12 +159,14 @@ def test_compiled_actions_are_the_models_own(monkeypatch):
         check("same computation", "float32", "torch, compiled", error(found, expected))
 
     same()
-    sampler = model._sampler()
-    assert model._sampler() is sampler
+    first = model._deployed
+    same()
+    assert model._deployed is first
+    assert isinstance(first[1], Sampler)
     with torch.no_grad():
         model.pi0.gemma.action.layers[0].mlp.gate.kernel.mul_(1.5)
-    assert model._sampler() is not sampler
     same()
+    assert model._deployed is not first
     model.load_state_dict({name: 0.9 * x for name, x in model.state_dict().items()})
     same()
 

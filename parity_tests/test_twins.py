@@ -24,6 +24,8 @@ FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py", "kernels.py"} | {
 FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations"}
 FRAMEWORK_NAMES = {
     "pi0.py: Pi0.device",
+    "inference.py: _APART",  # PyTorch has kernels of its own, which are tried first
+    "inference.py: tried",
     "objective.py: to_device",
     "recomputation.py: _PRODUCTS",
     "recomputation.py: optimized",

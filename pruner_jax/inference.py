@@ -12,6 +12,7 @@ D width, E width of the suffix, K heads, G kv heads, A action dim.
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -113,6 +114,31 @@ class Sampler:
         encoded, selection = self.encode(there, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
             self.act(encoded, selection, there.state, noise, room, num_steps)
+
+    def distance(
+        self,
+        model: "Pi0",
+        observation: Observation,
+        noise: Float[Array, "B H A"],
+        num_steps: int = 10,
+    ) -> float:
+        """How far this way is from the plain one: in the patches, or in actions from the same ones.
+
+        Args:
+            model: that this is a sampler of.
+            observation, noise: of a call that has been made before.
+            num_steps: Euler steps.
+
+        Returns:
+            The larger of the two relative distances; infinite where a number is not finite.
+        """
+        plain, plan = sampling.PlainStages(model), sampling.plan_of(observation)
+        there = model.prepare(observation)
+        encoded, selection = plain.encode(there, plan)
+        patches = _distance(self.embed(there, plan).patches, encoded.patches)
+        room = sampling.capacity(model, encoded, selection)
+        inputs = (encoded, selection, there.state, noise, room, num_steps)
+        return max(patches, _distance(self.act(*inputs), plain.act(*inputs)))
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
@@ -486,3 +512,10 @@ def _embed(
     model: "Pi0", weights: Deployed, observation: Observation, plan: EncodingPlan
 ) -> "Encoded":
     return embed(model, weights, *inputs_of(observation, plan))
+
+
+def _distance(found: Float[Array, "*shape"], expected: Float[Array, "*shape"]) -> float:
+    """Norm of the difference, over the norm of what is expected; infinite for NaN."""
+    wide_found, wide_expected = (np.asarray(x).astype(np.float64) for x in (found, expected))
+    apart = np.linalg.norm(wide_found - wide_expected) / np.linalg.norm(wide_expected)
+    return float(apart) if math.isfinite(apart) else math.inf

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
 from pruner_torch import checkpoint, sampling, sharding
-from pruner_torch.inference import Sampler
+from pruner_torch.inference import Sampler, tried
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Pi0
 from pruner_torch.pruner import Selection
@@ -25,12 +24,6 @@ from pruner_torch.training import Trainer
 
 # The first process writes a checkpoint while the others wait for its next step.
 _PATIENCE = datetime.timedelta(minutes=30)
-
-
-# Two ways that only round differently are a tenth of this apart, also in bfloat16.
-_APART = 0.25
-
-logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
@@ -129,9 +122,8 @@ class TorchModel:
     """A `Pi0`, NumPy in and out."""
 
     def __init__(self, model: Pi0, *, fast: bool | None = False) -> None:
-        self._model, self._is_on_trial = model, fast is None
-        if fast is None:
-            fast = model.device.type == "cuda"
+        self._model = model
+        self._is_to_try = fast is None and model.device.type == "cuda"
         self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
 
     def sample_actions(
@@ -141,32 +133,9 @@ class TorchModel:
         return self._sample(observation, noise_there, num_steps).cpu().numpy()
 
     def warm_up(self, observation: Observation, noise: np.ndarray, num_steps: int) -> None:
-        if self._is_on_trial and isinstance(self._stages, Sampler):
-            self._try(self._stages, observation, noise, num_steps)
         self.sample_actions(observation, noise, num_steps)
         if isinstance(self._stages, Sampler):
             self._stages.warm_up(*self._on_device(observation, noise), num_steps)
-
-    def _try(
-        self, sampler: Sampler, observation: Observation, noise: np.ndarray, num_steps: int
-    ) -> None:
-        """Goes back to the plain way where the fast one fails, or is apart from it.
-
-        It depends on what is installed and on the GPU, and a robot must not find out.
-        """
-        self._is_on_trial = False
-        try:
-            self.sample_actions(observation, noise, num_steps)
-            there, noise_there = self._on_device(observation, noise)
-            apart = sampler.distance(self._model, there, noise_there, num_steps)
-            if apart <= _APART:
-                return
-            reason = f"its actions are {apart:.1e} from the plain way's"
-        except Exception as error:  # a compiler's, a driver's: whatever it is, there is another way
-            logger.debug("the fast way failed", exc_info=True)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        logger.warning("the fast way is not taken, %s; the plain one is slower", reason)
-        self._stages = sampling.PlainStages(self._model)
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray
@@ -271,6 +240,9 @@ class TorchModel:
         num_steps: int,
         stages: sampling.Stages | None = None,
     ) -> torch.Tensor:
+        if self._is_to_try:
+            self._is_to_try = False
+            self._stages = tried(self._model, observation, noise, num_steps)
         stages = self._stages if stages is None else stages
         return sampling.sample_actions(self._model, observation, noise, num_steps, stages)
 

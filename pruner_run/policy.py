@@ -379,7 +379,7 @@ def load(
     tokenizer = load_tokenizer(place, model)
     framework = backends.load(_chosen_backend(backend, source.framework))
     policy = Policy(
-        framework.model(model, checkpoint_dir, fast=_is_fast(inference, framework.device)),
+        framework.model(model, checkpoint_dir, fast=_way(inference)),
         chosen,
         source.stats,
         tokenizer,
@@ -410,10 +410,12 @@ def _chosen_backend(backend: str, own: str) -> str:
     return own if own in installed else installed[0]
 
 
-def _is_fast(inference: str, device: str) -> bool:
-    if inference not in ("auto", "fast", "plain"):
-        raise ValueError(f"inference: expected 'auto', 'fast' or 'plain', got {inference!r}")
-    return inference == "fast" or (inference == "auto" and device != "cpu")
+def _way(inference: str) -> bool | None:
+    """As `Backend.model` asks for it."""
+    ways = {"auto": None, "fast": True, "plain": False}
+    if inference not in ways:
+        raise ValueError(f"inference: expected one of {list(ways)}, got {inference!r}")
+    return ways[inference]
 
 
 def _overridden(

@@ -12,6 +12,8 @@ D width, E width of the suffix, K heads, G kv heads, A action dim.
 """
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,11 @@ from pruner_torch.siglip import patchify
 
 if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, Pi0, Prefix
+
+# Two ways that only round differently are a tenth of this apart, also in bfloat16.
+_APART = 0.25
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,32 @@ class Sampler:
         encoded, selection = self.encode(there, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
             self.act(encoded, selection, there.state, noise, room, num_steps)
+
+    @torch.no_grad()
+    def distance(
+        self,
+        model: "Pi0",
+        observation: Observation,
+        noise: Float[Tensor, "B H A"],
+        num_steps: int = 10,
+    ) -> float:
+        """How far this way is from the plain one: in the patches, or in actions from the same ones.
+
+        Args:
+            model: that this is a sampler of.
+            observation, noise: of a call that has been made before.
+            num_steps: Euler steps.
+
+        Returns:
+            The larger of the two relative distances; infinite where a number is not finite.
+        """
+        plain, plan = sampling.PlainStages(model), sampling.plan_of(observation)
+        there = model.prepare(observation)
+        encoded, selection = plain.encode(there, plan)
+        patches = _distance(self.embed(there, plan).patches, encoded.patches)
+        room = sampling.capacity(model, encoded, selection)
+        inputs = (encoded, selection, there.state, noise, room, num_steps)
+        return max(patches, _distance(self.act(*inputs), plain.act(*inputs)))
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
@@ -214,6 +247,38 @@ class Sampler:
             clock, dtype = self._weights.clock, self.model.dtype
             self._schedules[num_steps] = schedule(clock, num_steps, dtype)
         return self._schedules[num_steps]
+
+
+def tried(
+    model: "Pi0",
+    observation: Observation,
+    noise: Float[Tensor, "B H A"],
+    num_steps: int = 10,
+    settings: InferenceSettings | None = None,
+) -> sampling.Stages:
+    """A sampler, if it gives the plain way's actions here; and else the plain way.
+
+    It depends on the GPU and on what is installed, and a robot must not be the one to find out.
+
+    Args:
+        model: whose weights these are.
+        observation, noise: to try it with.
+        num_steps: Euler steps.
+        settings: of the sampler.
+    """
+    try:
+        sampler = Sampler(model, settings)
+        sampler.sample_actions(observation, noise, num_steps)
+        there = torch.as_tensor(noise, device=model.device).to(wide(model.dtype))
+        apart = sampler.distance(model, observation, there, num_steps)
+        if apart <= _APART:
+            return sampler
+        reason = f"its actions are {apart:.1e} from the plain way's"
+    except Exception as error:  # a compiler's, a driver's: whatever it is, there is another way
+        logger.debug("the fast way failed", exc_info=True)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    logger.warning("the fast way is not taken, %s; the plain one is slower", reason)
+    return sampling.PlainStages(model)
 
 
 def inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
@@ -559,3 +624,10 @@ def _attend(
 def _tensors(record: Any) -> tuple[Tensor, ...]:
     """The fields of a dataclass."""
     return tuple(getattr(record, field.name) for field in dataclasses.fields(record))
+
+
+def _distance(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """Norm of the difference, over the norm of what is expected; infinite for NaN."""
+    found, expected = found.double(), expected.double()
+    apart = float((found - expected).norm() / expected.norm())
+    return apart if math.isfinite(apart) else math.inf

@@ -17,8 +17,7 @@ from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_table
-from pruner_torch import checkpoint, sampling
-from pruner_torch.inference import Sampler
+from pruner_torch import checkpoint, inference, sampling
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
@@ -55,7 +54,7 @@ class PI0Pytorch(nn.Module):
         super().__init__()
         self.pi0 = Pi0(Pi0Config.from_fields(config), seed=seed, device=device)
         self.last_kept_per_sample: Tensor | None = None
-        self._deployment: _Deployment | None = None
+        self._deployed: tuple[Any, sampling.Stages] | None = None  # from what, and what
         self.register_load_state_dict_pre_hook(_rename_from_openpi)
 
     @property
@@ -145,19 +144,22 @@ class PI0Pytorch(nn.Module):
         if noise is None:
             shape = (observation.batch_size, self.config.action_horizon, self.config.action_dim)
             noise = self.sample_noise(shape, device)
-        stages = None if self.training else self._sampler()
+        stages = None if self.training else self._stages(observation, noise, num_steps)
         return sampling.sample_actions(self.pi0, observation, noise, num_steps, stages)
 
-    def _sampler(self) -> Sampler | None:
+    def _stages(
+        self, observation: Observation, noise: Float[Tensor, "B H A"], num_steps: int
+    ) -> sampling.Stages | None:
         """The fast way over the parameters as they are now; None for layer by layer."""
         settings = _inference_settings(self.token_pruning_enabled, self.pi0.device)
         if settings is None or torch.compiler.is_compiling():
             return None
-        known = self._deployment
-        if known is None or not known.is_of(self.pi0, settings):
-            self._deployment = None  # frees what it holds before the next one is made
-            self._deployment = known = _Deployment(self.pi0, settings)
-        return known.sampler
+        made_from = (self.pi0, settings, _state_of(self.pi0))
+        if self._deployed is None or self._deployed[0] != made_from:
+            self._deployed = None  # frees what it holds before the next one is made
+            stages = inference.tried(self.pi0, observation, noise, num_steps, settings)
+            self._deployed = (made_from, stages)
+        return self._deployed[1]
 
     def _prefix(self, encoded: Encoded) -> Prefix:
         self.last_kept_per_sample = None
@@ -180,19 +182,6 @@ class PI0Pytorch(nn.Module):
         if self.config.token_prune_scope == "joint":
             shape = (batch, cameras * patches, cameras * patches)
         return torch.rand(shape, device=self.pi0.device, dtype=wide(self.pi0.dtype)) * scale
-
-
-class _Deployment:
-    """A sampler, and the parameters that it was made from, which may change in place."""
-
-    def __init__(self, model: Pi0, settings: InferenceSettings) -> None:
-        self.sampler = Sampler(model, settings)
-        self._made_from = (model, settings, _state_of(model))
-
-    def is_of(self, model: Pi0, settings: InferenceSettings) -> bool:
-        """Whether nothing has changed since."""
-        known, known_settings, state = self._made_from
-        return known is model and known_settings == settings and state == _state_of(model)
 
 
 def _state_of(model: Pi0) -> list[tuple[int, int]]:
