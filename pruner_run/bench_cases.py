@@ -67,7 +67,9 @@ class Setup:
         implicit_kept: patches that the implicit selection keeps at least, in all.
         calls: that are timed, of each kind.
         stages: whether they are timed apart.
+        accuracy: whether the actions are held to a float32 reference.
         seed: of the images, the states and the noise.
+        checkpoint: whose weights the model has; None for random ones.
     """
 
     config: str = "pi05"
@@ -75,7 +77,9 @@ class Setup:
     implicit_kept: int = 60
     calls: int = 100
     stages: bool = True
+    accuracy: bool = False
     seed: int = 0
+    checkpoint: str | None = None
 
     def model_config(self, case: Case) -> Pi0Config:
         """The model of a case.

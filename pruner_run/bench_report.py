@@ -1,7 +1,8 @@
 """The page of what `pruner bench` found: made from its files, below what is written by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pruner_run import bench_picture, bench_table
 from pruner_run.bench_results import FILE, Results, read
@@ -52,7 +53,7 @@ def _conditions(path: Path, results: Results) -> str:
     words = [
         f"{results.date[:10]}, {', '.join(devices)}, Python {results.host['python']}, "
         f"{', '.join(f'{name} {text}' for name, text in versions.items())}. "
-        f"Model {options['config']} in {options['dtype']}, {options['calls']} calls of each kind. "
+        f"Model {options['config']} in {options['dtype']}, {_weights(options)}. "
         f"{bench_table.ceilings(results)}. From `{path}`."
     ]
     if not results.complete:
@@ -60,6 +61,11 @@ def _conditions(path: Path, results: Results) -> str:
     if options["config"] not in _FULL or options["device"] != "cuda":
         words.append("**No result: a try of the program, not of a robot's model on a GPU.**")
     return " ".join(words)
+
+
+def _weights(options: Mapping[str, Any]) -> str:
+    place = options["checkpoint"]
+    return "random weights" if place is None else f"weights of {place}"
 
 
 def _alike(found: Sequence[Results]) -> list[Results]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pruner_run.bench_cases import IMPLICIT, UNPRUNED
-from pruner_run.bench_results import Results, Row, Start
+from pruner_run.bench_results import LEAST_COSINE, MOST_RATIO, Accuracy, Results, Row, Start
 
 _GIB = 2**30
 _STAGES = ("vision", "pruning", "prefix", "denoising", "host")
@@ -40,14 +40,31 @@ class Grid:
 
 def grids(results: Results) -> list[Grid]:
     """All tables of a run."""
-    found = [latencies(results), splits(results), starts(results), failures(results)]
+    found = [
+        latencies(results),
+        splits(results),
+        accuracies(results),
+        starts(results),
+        failures(results),
+    ]
     return [grid for grid in found if grid.rows]
 
 
 def latencies(results: Results) -> Grid:
     """A row a case: how long its calls take, and how far that is from the floor."""
     axes = varying(results.rows)
-    columns = ("kept", "prefix", "p50", "p90", "p99", "min", "NumPy p50", "floor", "× floor")
+    columns = (
+        "calls",
+        "kept",
+        "prefix",
+        "p50",
+        "p90",
+        "p99",
+        "min",
+        "NumPy p50",
+        "floor",
+        "× floor",
+    )
     return Grid(
         f"A call in ms, inputs and actions on the device{_common(results.rows)}",
         ("backend", *axes, *columns, "GiB", "warm-up s"),
@@ -67,17 +84,38 @@ def splits(results: Results) -> Grid:
     return Grid(title, ("backend", *axes, *_STAGES, "pruning's share"), rows)
 
 
+def accuracies(results: Results) -> Grid:
+    """A row a case whose actions were held to the reference's."""
+    axes = varying(results.rows)
+    columns = ("samples", "cosine", "plain's", "distance", "plain's", "ratio")
+    rows = [
+        (*_case(row, axes), *_accuracy(row.accuracy))
+        for row in results.rows
+        if row.accuracy is not None
+    ]
+    return Grid(
+        "Actions against a float32 reference with the same patches, and the plain path's: cosine "
+        f"(the least; expected {LEAST_COSINE:g}), relative distance (a mean; ratio expected at "
+        f"most {MOST_RATIO:g})",
+        ("backend", *axes, *columns, "holds", "same kept", "plain's"),
+        rows,
+    )
+
+
 def varying(rows: Sequence[Row]) -> list[str]:
     """The axes along which cases differ, as a table calls them."""
     return [name for name in _AXES if len({_entry(row, name) for row in rows}) > 1]
 
 
 def starts(results: Results) -> Grid:
-    """How processes came up, and what each case took to get ready."""
-    columns = ("backend", "imports", "weights", "first call", "first action", "second call")
+    """How processes came up."""
+    imports = ("python", "framework", "project")
+    calls = ("first call", "first action", "second call")
+    place = results.options.get("checkpoint")
+    weights = "weights are drawn, not read" if place is None else f"weights of {place}"
     return Grid(
-        "Seconds from a process' start to its first action; weights are drawn, not read",
-        columns,
+        f"Seconds from a process' start to its first action; {weights}",
+        ("backend", "start", *imports, "reading", "placing", *calls),
         [_start(start) for start in results.starts],
     )
 
@@ -143,6 +181,7 @@ def _latency(row: Row) -> tuple[str, ...]:
     floor = None if row.floor_ms is None else row.floor_ms["total"]
     peak = row.peak_bytes.get("allocated", row.peak_bytes.get("resident"))
     return (
+        f"{row.calls}",
         f"{row.kept:g}",
         f"{row.prefix_length}",
         *times,
@@ -159,6 +198,27 @@ def _share(row: Row) -> str:
     return f"{row.stages_ms['pruning'] / row.device_ms['p50']:.1%}"
 
 
+def _accuracy(found: Accuracy) -> tuple[str, ...]:
+    both = (found.path, found.plain)
+    kept = ("" if each.same_kept is None else f"{each.same_kept:.1%}" for each in both)
+    return (
+        f"{len(found.path.cosine)}",
+        *(f"{min(each.cosine):.6f}" for each in both),
+        *(f"{each.mean_distance:.2e}" for each in both),
+        f"{found.ratio:.3f}",
+        "yes" if found.holds else "no",
+        *kept,
+    )
+
+
 def _start(start: Start) -> tuple[str, ...]:
-    seconds = (start.imports_s, start.model_s, start.first_s, start.ready_s, start.second_s)
-    return (f"{start.backend} {start.path}", *(f"{each:.2f}" for each in seconds))
+    imports = (start.imports_s[name] for name in ("python", "framework", "project"))
+    reading = start.reading_s
+    return (
+        f"{start.backend} {start.path}",
+        f"{start.number}",
+        *(f"{each:.2f}" for each in imports),
+        "" if reading is None else f"{reading:.2f}",
+        f"{start.model_s - (reading or 0.0):.2f}",
+        *(f"{each:.2f}" for each in (start.first_s, start.ready_s, start.second_s)),
+    )

@@ -17,7 +17,9 @@ from typing import Any, TextIO
 import numpy as np
 
 from pruner_run import backend as backends
+from pruner_run import bench_accuracy, bench_weights
 from pruner_run.backend import Backend, Model, Probe
+from pruner_run.bench_accuracy import Answers, in_a_line
 from pruner_run.bench_cases import UNPRUNED, Case, Setup, inputs
 from pruner_run.bench_results import percentiles
 from pruner_spec.config import Pi0Config
@@ -72,7 +74,9 @@ def _only_events() -> TextIO:
 
 
 def _events(job: Job) -> Iterator[dict[str, Any]]:
+    times = [job.started, time.time()]
     probe = backends.probe(job.backend)
+    times.append(time.time())
     if probe.device != job.device:
         title = backends.load(job.backend).title
         found = f"{title} finds none" if job.device == "cuda" else f"{title} computes elsewhere"
@@ -83,25 +87,34 @@ def _events(job: Job) -> Iterator[dict[str, Any]]:
         yield {"event": "ceilings", **ceilings(probe, job.setup.dtype)}
         return
     backend = backends.load(job.backend)
+    times.append(time.time())
+    parts = zip(("python", "framework", "project"), np.diff(times).tolist(), strict=True)
     yield {
         "event": "up",
         "device": probe.name,
         "versions": dict(probe.versions),
-        "imports_s": time.time() - job.started,
+        "imports_s": dict(parts),
     }
     yield from _rows(job, backend, probe)
 
 
 def _rows(job: Job, backend: Backend, probe: Probe) -> Iterator[dict[str, Any]]:
-    """Each case's beginning, and then its row or its failure."""
-    measuring = Measuring(job, backend, probe)
+    """Each case's beginning, and then its row or its failure; at last what needs other models."""
+    measuring, answers = Measuring(job, backend, probe), {}
     for place, case in enumerate(job.cases):
         yield {"event": "begin", "place": place}
         try:
             yield {"event": "row", "place": place, "row": measuring.row(case)}
+            if job.setup.accuracy:
+                answers[place] = measuring.answers(case)
         except Exception as error:  # out of memory, say: the next case may be smaller
             measuring.forget()
-            yield {"event": "failed", "place": place, "error": _in_a_line(error)}
+            yield {"event": "failed", "place": place, "error": in_a_line(error)}
+    measuring.forget()
+    probe.clear()
+    yield from bench_accuracy.events(
+        backend, job.setup, job.cases, answers, is_plain=job.path == "plain"
+    )
 
 
 class Measuring:
@@ -120,7 +133,7 @@ class Measuring:
         """What `Row` wants to know, but for the floor."""
         setup, config = self._job.setup, self._job.setup.model_config(case)
         observation, noise = inputs(case, setup)
-        model, model_s = self._prepare(config)
+        model, made = self._prepare(config)
         steps = case.num_steps
 
         def from_numpy() -> Any:
@@ -140,7 +153,8 @@ class Measuring:
         return {
             **_kept(model, config, case),
             "prefix_length": model.prefix_length(observation),
-            "model_s": model_s,
+            "calls": setup.calls,
+            **made,
             "first_s": first_s,
             "second_s": second_s,
             "warm_up_s": warm_up_s,
@@ -152,16 +166,26 @@ class Measuring:
             "peak_bytes": peak,
         }
 
-    def _prepare(self, config: Pi0Config) -> tuple[Model, float | None]:
+    def answers(self, case: Case) -> Answers:
+        """What is held to a reference, of the case that was measured last."""
+        assert self._model is not None
+        return bench_accuracy.answers(self._model, case, self._job.setup)
+
+    def _prepare(self, config: Pi0Config) -> tuple[Model, dict[str, float | None]]:
         """The model of a config, and the seconds that it took to make."""
         if self._model is not None and self._config == config:
-            return self._model, None
+            return self._model, {"model_s": None, "reading_s": None}
         self.forget()
         self._probe.clear()
         started = time.perf_counter()
-        model = self._backend.model(config, None, fast=self._job.path == "fast")
+        weights, reading = bench_weights.clocked(self._job.setup.checkpoint)
+        model = self._backend.model(config, weights, fast=self._job.path == "fast")
         self._config, self._model = config, model
-        return model, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        return model, {
+            "model_s": seconds,
+            "reading_s": None if reading is None else reading.seconds,
+        }
 
 
 def ceilings(probe: Probe, dtype: str) -> dict[str, Any]:
@@ -199,11 +223,6 @@ def _seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def _in_a_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 if __name__ == "__main__":

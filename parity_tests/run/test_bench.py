@@ -1,7 +1,6 @@
 """`pruner bench`: what it measures, writes and shows, with a tiny model on the CPU."""
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -9,119 +8,58 @@ import pytest
 from rich.console import Console
 
 from benchmarks.inference_speed import PARTS
-from parity_tests.harness import BACKENDS
+from parity_tests.harness import BACKENDS, error
+from parity_tests.run.benches import made_up, options, pretend
 from parity_tests.tolerances import tolerance
 from pruner_run import backend as backends
 from pruner_run import bench, bench_cases, bench_process, bench_report, cli
 from pruner_run.bench_cases import Case, Setup
 from pruner_run.bench_picture import SWEEPS, along
-from pruner_run.bench_results import Failure, Results, Row, Start, percentiles, read
-from pruner_run.roofline import Ceilings
+from pruner_run.bench_results import percentiles, read
 
-NAMES = ",".join(BACKENDS)
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ROUNDING = tolerance("statistics", "float64")
-TINY = {"device": "cpu", "config": "tiny", "calls": 3, "num_steps": "1", "keep": "implicit"}
-
-# Processes that do as a worker does until something happens to them.
-FAKE_ROW = {
-    "kept": 60.0,
-    "kept_per_camera": {},
-    "prefix_length": 128,
-    "model_s": 0.1,
-    "first_s": 0.2,
-    "second_s": 0.1,
-    "warm_up_s": 0.5,
-    "device_ms": {"p50": 2.0, "p90": 2.1, "p99": 2.2, "min": 1.9},
-    "numpy_ms": {"p50": 3.0, "p90": 3.1, "p99": 3.2, "min": 2.9},
-    "stages_ms": {"vision": 0.5, "pruning": 0.1, "prefix": 0.4, "denoising": 0.8, "host": 0.2},
-    "peak_bytes": {"resident": 1 << 30},
-}
-FAKE = f"""
-import json, os, signal, sys
-job = json.load(sys.stdin)
-row = json.loads({json.dumps(json.dumps(FAKE_ROW))})
-def tell(**event): print(json.dumps(event), flush=True)
-if not job["cases"]:
-    tell(event="ceilings", bandwidth=4.3e12, rate=794e12, products={{"4096": 0.17}})
-    sys.exit()
-tell(event="up", device="pretended", versions={{"torch": "0"}}, imports_s=1.0)
-for place, case in enumerate(job["cases"]):
-    tell(event="begin", place=place)
-    DO
-    tell(event="row", place=place, row=row)
-"""
-
-
-def pretend(monkeypatch, act: str) -> None:
-    """Has workers `act`, in the midst of each case, in the place of measuring."""
-    worker = (sys.executable, "-c", FAKE.replace("DO", act))
-    monkeypatch.setattr(bench_process, "WORKER", worker)
-
-
-def options(folder, **changes) -> bench.Options:
-    return bench.Options(**({"output": folder, "backend": NAMES, **TINY} | changes))
-
-
-def made_up() -> Results:
-    """Of both backends, as if measured: cameras, batches, steps and prefixes vary."""
-    cases = [Case(keep="64", cameras=cameras) for cameras in (1, 2, 3)]
-    cases += [Case(keep="64", batch=batch) for batch in (2, 4)]
-    cases += [Case(keep="64", num_steps=steps) for steps in (1, 20)]
-    cases += [Case(keep=keep) for keep in ("24", "none")]
-    rows = []
-    for name in ("torch", "jax"):
-        for case in cases:
-            kept = 768.0 if case.keep == "none" else 1.0 * int(case.keep) * case.cameras
-            floor = {"vision": 0.1, "prefix": 0.2, "denoising": 0.7, "total": 1.0}
-            found = FAKE_ROW | {"kept": kept, "floor_ms": floor, "operations": 1e12}
-            rows.append(Row(backend=name, path="plain", case=case, **found))
-    start = Start(
-        backend="torch",
-        path="plain",
-        device="pretended",
-        versions={"torch": "0"},
-        imports_s=1.0,
-        model_s=0.5,
-        first_s=2.0,
-        second_s=0.1,
-    )
-    failure = Failure(backend="jax", path="plain", case=Case(batch=32), error="out of | memory")
-    return Results(
-        date="2026-01-02T03:04:05+00:00",
-        host={"python": "3.12.0", "machine": "x86_64"},
-        options={"config": "pi05", "dtype": "bfloat16", "calls": 100, "device": "cuda"},
-        ceilings=Ceilings(bandwidth=4.3e12, rate=794e12),
-        products={"4096": 0.173},
-        starts=(start,),
-        rows=tuple(rows),
-        failures=(failure,),
-        complete=True,
-    )
 
 
 @pytest.mark.parametrize(
     "names", [[*BACKENDS][-1:], pytest.param([*BACKENDS], marks=pytest.mark.slow)]
 )
 def test_what_is_measured(names, tmp_path, capsys):
-    """Of one backend, and of all in one run: what is in the file, and that it is printed."""
-    given = {"backend": ",".join(names), "implicit_kept": 61, "batch": "2", "cameras": "2"}
-    bench.run(options(tmp_path, **given))
+    """Of one backend, and of all in one run: what is in the file, and that it is printed.
+
+    The fast path and the plain one have the same work, and the same to say.
+    """
+    given = {"backend": ",".join(names), "implicit_kept": 61, "batch": "4", "cameras": "2"}
+    ways = {"path": "both", "plain_calls": 2, "accuracy": True}
+    bench.run(options(tmp_path, **given, **ways))
     said = capsys.readouterr().out
     found = read(tmp_path / "results.json")
     assert found.complete
     assert found.failures == ()
-    assert [row.backend for row in found.rows] == [start.backend for start in found.starts] == names
+    both = [(name, path) for name in names for path in ("fast", "plain")]
+    assert [(row.backend, row.path) for row in found.rows] == both
+    assert [(start.backend, start.path) for start in found.starts] == both
     assert found.ceilings is not None
     for row, start in zip(found.rows, found.starts, strict=True):
-        assert row.case == Case(keep="implicit", batch=2, cameras=2, num_steps=1)
+        assert row.case == Case(keep="implicit", batch=4, cameras=2, num_steps=1)
+        assert row.calls == {"fast": 3, "plain": 2}[row.path]
         assert row.kept_per_camera == {"base_0_rgb": 31, "left_wrist_0_rgb": 31}
         assert (row.kept, row.prefix_length) == (62, 64 + 64)
         check_times(row)
         assert row.peak_bytes["resident"] > 50e6
-        assert start.imports_s < start.ready_s < 300
+        assert sum(start.imports_s.values()) < start.ready_s < 300
         assert start.versions[row.backend]
-        assert f"{row.backend} plain" in said
+        assert f"{row.backend} {row.path}" in said
+        if row.path == "plain":
+            assert row.accuracy is None  # the fast one's says it
+            continue
+        assert row.accuracy.holds
+        assert len(row.accuracy.path.cosine) == len(row.accuracy.plain.distance) == 8
+        assert row.accuracy.path.mean_distance > 0
+        assert 0.9 < row.accuracy.path.same_kept <= 1
     assert "pruning's share" in said
+    assert "same kept" in said
 
 
 def check_times(row):
@@ -137,23 +75,22 @@ def check_times(row):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_prepared_call_is_the_same_call(name):
+def test_both_ways_lead_to_the_same_actions(name):
+    """And a prepared call to those of one from NumPy."""
     setup = Setup(config="tiny", dtype="float32")
     case = Case(keep="24", prompt=20, batch=2, cameras=1, num_steps=2)
     observation, noise = bench_cases.inputs(case, setup)
-    model = backends.load(name).model(setup.model_config(case), None)
-    actions = model.sample_actions(observation, noise, case.num_steps)
-    call = model.prepared(observation, noise, case.num_steps)
-    np.testing.assert_array_equal(np.asarray(call()), actions)
-    assert model.prefix_length(observation) == 24 + 32
-    assert np.isfinite(actions).all()
-    assert not np.array_equal(actions[0], actions[1])
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_there_is_no_fast_way_yet(name):
-    with pytest.raises(ValueError, match="path: expected 'plain', got 'fast'"):
-        backends.load(name).model(bench_cases.MODELS["tiny"], None, fast=True)
+    found = []
+    for fast in (False, True):
+        model = backends.load(name).model(setup.model_config(case), None, fast=fast)
+        actions = model.sample_actions(observation, noise, case.num_steps)
+        call = model.prepared(observation, noise, case.num_steps)
+        np.testing.assert_array_equal(np.asarray(call()), actions)
+        assert model.prefix_length(observation) == 24 + 32
+        assert np.isfinite(actions).all()
+        assert not np.array_equal(actions[0], actions[1])
+        found.append(actions)
+    assert error(*found) < tolerance("same computation", "float32")
 
 
 def test_the_product_of_the_axes():
@@ -193,6 +130,8 @@ def test_percentiles():
         ({"num_steps": "0"}, "num_steps: expected an integer >= 1, got 0"),
         ({"horizon": "-5"}, "horizon: expected whole numbers"),
         ({"calls": 0}, "calls: expected at least 1, got 0"),
+        ({"plain_calls": 0}, "plain_calls: expected at least 1, got 0"),
+        ({"starts": 0}, "starts: expected at least 1, got 0"),
         ({"implicit_kept": 0}, "implicit_kept: expected at least 1, got 0"),
         ({"implicit_kept": 1000}, "token_prune_min_keep: expected at most the 256"),
     ],
@@ -287,7 +226,8 @@ def test_the_page_and_its_picture(tmp_path):
     text = page.read_text()
     assert text.startswith("# Speed\n\nBy hand.\n\n" + bench_report.MARK)
     assert "stale" not in text
-    for part in ("2026-01-02, pretended", "copy 4.30 TB/s", "| torch plain |", "out of / memory"):
+    parts = ("2026-01-02, pretended", "copy 4.30 TB/s", "| torch plain |", "out of / memory")
+    for part in (*parts, "random weights", "| 0.999200 | 0.999300 |", "| 0.500 | yes |"):
         assert part in text
     assert "No result" not in text
     assert page.with_suffix(".png").stat().st_size > 10_000
@@ -320,7 +260,7 @@ def test_what_grows_is_found():
     assert along(rows[:1], SWEEPS[0]) == []
 
 
-@pytest.mark.parametrize("text", ["no json", "{}", '{"format": 2}', "[]"])
+@pytest.mark.parametrize("text", ["no json", "{}", '{"format": 1}', "[]"])
 def test_a_file_that_holds_no_results(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x\.json: expected results of `pruner bench`"):
