@@ -18,8 +18,8 @@ T denoising steps.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from pruner_spec.flow import euler_step, euler_time_embeddings
 
 if TYPE_CHECKING:
     from pruner_jax.pi0 import Pi0
+
+
+Part = TypeVar("Part")
 
 
 @jax.tree_util.register_dataclass
@@ -242,9 +245,8 @@ def _clock(model: "Pi0", dtype: jnp.dtype) -> Clock:
         both = _affine(model.action_time_mlp_in, dtype)
         return Clock(Affine(both.kernel[model.config.action_expert.width :], both.bias))
     expert: Any = model.gemma.action  # with adaptive norms
-    layers = list(_unstacked(expert.layers))
     attention, mlp = (
-        tuple(_affine(getattr(layer, name).modulation, dtype) for layer in layers)
+        _of_each(expert.layers, lambda layer, name=name: _modulation_of(layer, name, dtype))
         for name in ("attention_norm", "mlp_norm")
     )
     return Clock(
@@ -273,7 +275,7 @@ def _vision(tower: siglip.SigLip, dtype: jnp.dtype) -> Vision:
     positions = tower.position_embedding[...].astype(wide(dtype))
     return Vision(
         patch_embedding=Affine(patches.kernel, patches.bias + positions),
-        blocks=tuple(_vision_block(block, dtype) for block in _unstacked(tower.blocks)),
+        blocks=_of_each(tower.blocks, lambda block: _vision_block(block, dtype)),
         final_norm=_layer_norm(tower.final_norm, dtype),
         head=_affine(tower.head, dtype),
     )
@@ -295,15 +297,23 @@ def _vision_block(block: Any, dtype: jnp.dtype) -> VisionBlock:
     )
 
 
-def _unstacked(layers: nnx.Module) -> Iterator[Any]:
-    """The layers that `layers.stack` put together, one at a time."""
+def _of_each(layers: nnx.Module, function: Callable[[Any], Part]) -> tuple[Part, ...]:
+    """A function of each layer that `layers.stack` put together, compiled once for all of them."""
     graph, state = nnx.split(layers)
-    for place in range(len(jax.tree.leaves(state)[0])):
-        yield nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
+
+    @jax.jit
+    def of_layer(state: nnx.State, place: int) -> Part:
+        return function(nnx.merge(graph, jax.tree.map(lambda leaf: leaf[place], state)))
+
+    return tuple(of_layer(state, place) for place in range(len(jax.tree.leaves(state)[0])))
+
+
+def _modulation_of(layer: Any, name: str, dtype: jnp.dtype) -> Affine:
+    return _affine(getattr(layer, name).modulation, dtype)
 
 
 def _layers(expert: gemma.Expert, dtype: jnp.dtype) -> tuple[ExpertLayer, ...]:
-    return tuple(_layer(layer, dtype) for layer in _unstacked(expert.layers))
+    return _of_each(expert.layers, lambda layer: _layer(layer, dtype))
 
 
 def _layer(layer: Any, dtype: jnp.dtype) -> ExpertLayer:

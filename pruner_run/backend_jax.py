@@ -40,6 +40,8 @@ class JaxBackend:
     def __init__(self) -> None:
         if self.device != "cpu" and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
             jax.config.update("jax_compilation_cache_dir", str(_COMPILED.expanduser()))
+            # Small functions too: there are hundreds of them at a start.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
     @property
     def device(self) -> str:

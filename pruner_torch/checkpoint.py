@@ -92,7 +92,7 @@ def assign(
     assert model.state_dict().keys() == names
     device = torch.get_default_device() if device is None else device
     for parameter, array in layout.stored(named, model.config):
-        state = {name: each.to(device) for name, each in unstacked(array, parameter).items()}
+        state = unstacked(array, parameter, device=device)
         model.load_state_dict(state, strict=False, assign=True)
 
 
@@ -119,18 +119,25 @@ def lazily_stacked(arrays: Mapping[str, Shaped[Tensor, "..."]], parameter: Param
     return LazyArray(parameter.stacked_shape, dtype, read)
 
 
-def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Tensor, "..."]]:
-    """The inverse of `stacked`: tensors by the names in the model, as copies on the CPU."""
+def unstacked(
+    array: np.ndarray, parameter: Parameter, *, device: torch.device | str = "cpu"
+) -> dict[str, Shaped[Tensor, "..."]]:
+    """The inverse of `stacked`: tensors by the names in the model, as copies on a device."""
     layers = [array] if parameter.layers is None else array
-    return dict(zip(parameter.torch_names, map(_tensor, layers), strict=True))
+    tensors = (_tensor(layer, device) for layer in layers)
+    return dict(zip(parameter.torch_names, tensors, strict=True))
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """A copy."""
-    array = np.array(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """A copy, sent as it lies in memory: another layout's kernels are transposed on the device."""
+    order = np.argsort([-stride for stride in array.strides], kind="stable")
+    lying = array.transpose(order)
+    if not (lying.flags.c_contiguous and lying.flags.writeable):  # PyTorch wants to write
+        lying = np.array(lying, order="C")
+    is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+    there = torch.from_numpy(lying.view(np.int16) if is_bfloat16 else lying).to(device, copy=True)
+    there = there.view(torch.bfloat16) if is_bfloat16 else there
+    return there.permute(np.argsort(order).tolist()).contiguous()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
