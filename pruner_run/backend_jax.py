@@ -25,7 +25,6 @@ from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, 
 from pruner_spec.training import TrainingSettings
 
 _ADDRESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# What XLA compiled for a GPU, kept for the next process, unless JAX is told of another place.
 _COMPILED = pathlib.Path("~/.cache/pi05-pruner/jax")
 _DRAWN_HERE = 1 << 20  # numbers of an array that the host draws before a function is compiled
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -37,12 +36,6 @@ class JaxBackend:
     name = "jax"
     title = "JAX"
 
-    def __init__(self) -> None:
-        if self.device != "cpu" and jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-            jax.config.update("jax_compilation_cache_dir", str(_COMPILED.expanduser()))
-            # Small functions too: there are hundreds of them at a start.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
     @property
     def device(self) -> str:
         return jax.default_backend()
@@ -50,6 +43,8 @@ class JaxBackend:
     def model(
         self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
     ) -> "JaxModel":
+        if self.device != "cpu":
+            _keep_compiled()
         fast = self.device != "cpu" if fast is None else fast
         if weights is None:
             return JaxModel(_random_model(config), fast=fast)
@@ -86,6 +81,14 @@ def _normal(
     key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, mean: float, deviation: float
 ) -> jax.Array:
     return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
+
+
+def _keep_compiled() -> None:
+    """What XLA compiles here the next process need not, unless JAX was told of a place for it."""
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(_COMPILED.expanduser()))
+        # Small functions too: there are hundreds of them at a start.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class JaxDevices:
