@@ -7,7 +7,7 @@
 - The times of the denoising steps are known beforehand, and with them all that the adaptive norms
   are modulated by: a table, in the place of a condition and of 0.1 B parameters.
 - The patch embedding's bias and the position embedding are one array.
-- Layers come apart: a loop over stacked ones would copy each kernel before it multiplies by it.
+- Layers come apart: a loop over stacked ones would slice each kernel out before it multiplies.
 
 Scales of norms stay where they are: multiplied into a bfloat16 kernel they would round it once
 more, and the norm multiplies by them at no cost.

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pruner_spec.config import Pi0Config
-from pruner_spec.observation import Observation
+from pruner_spec.observation import EncodingPlan, Observation
 from pruner_spec.training import Batch, TrainingSettings, TrainState
 
 Weights = str | os.PathLike[str] | Mapping[str, Any]
@@ -281,6 +281,47 @@ def clocked(
     calls = min(max(int(_ROUND / once), 1), _MOST_CALLS)
     times = [_seconds(function, finish, calls) for _ in range(rounds)]
     return result, 1e3 * statistics.median(times) / calls
+
+
+def stage_times(
+    stages: Any,
+    observation: Observation,
+    plan: EncodingPlan,
+    noise: Any,
+    num_steps: int,
+    *,
+    capacity: Callable[[Any, Any], int | None],
+    finish: Callable[[Any], Any],
+) -> dict[str, float]:
+    """What `Model.stages` gives, of a backend's `sampling.Stages`.
+
+    Args:
+        stages: to be measured.
+        observation, noise: on the device.
+        plan: of the observation.
+        num_steps: Euler steps.
+        capacity: patches after pruning, of what was encoded and selected; None where none are.
+        finish: waits until a result is computed.
+    """
+    encoded, vision = clocked(lambda: stages.embed(observation, plan), finish)
+    rooms: list[int | None] = []
+
+    def prune() -> Any:
+        selection = stages.select(encoded)
+        rooms.append(capacity(encoded, selection))
+        return stages.prune(encoded, selection, rooms[-1])
+
+    prefix, pruning = clocked(prune, finish)
+    cache, reading = clocked(lambda: stages.prefill(prefix), finish)
+    inputs = (prefix, cache, observation.state, noise, num_steps)
+    _, denoising = clocked(lambda: stages.denoise(*inputs), finish)
+    is_pruned = rooms[-1] is not None
+    return {
+        "vision": vision,
+        "pruning": pruning if is_pruned else 0.0,
+        "prefix": reading,
+        "denoising": denoising,
+    }
 
 
 def _seconds(function: Callable[[], Any], finish: Callable[[Any], Any], calls: int) -> float:

@@ -18,7 +18,7 @@ from pruner_jax.inference import Sampler
 from pruner_jax.pi0 import Pi0
 from pruner_jax.pruner import Selection
 from pruner_jax.training import Trainer
-from pruner_run.backend import Pruned, Weights, clocked
+from pruner_run.backend import Pruned, Weights, stage_times
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import EncodingPlan, Observation
 from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, random_scale
@@ -205,27 +205,16 @@ class JaxModel:
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        model, plan, stages = self._model, sampling.plan_of(observation), self._stages
-        there = model.prepare(observation)
-        noise_there = jnp.asarray(noise, there.state.dtype)
-        finish = jax.block_until_ready
-        encoded, vision = clocked(lambda: stages.embed(there, plan), finish)
-
-        def prune() -> Any:
-            selection = stages.select(encoded)
-            room = sampling.capacity(model, encoded, selection)
-            return stages.prune(encoded, selection, room)
-
-        prefix, pruning = clocked(prune, finish)
-        cache, reading = clocked(lambda: stages.prefill(prefix), finish)
-        inputs = (prefix, cache, there.state, noise_there, num_steps)
-        _, denoising = clocked(lambda: stages.denoise(*inputs), finish)
-        return {
-            "vision": vision,
-            "pruning": pruning if model.config.prunes_at_inference else 0.0,
-            "prefix": reading,
-            "denoising": denoising,
-        }
+        there = self._model.prepare(observation)
+        return stage_times(
+            self._stages,
+            there,
+            sampling.plan_of(observation),
+            jnp.asarray(noise, there.state.dtype),
+            num_steps,
+            capacity=functools.partial(sampling.capacity, self._model),
+            finish=jax.block_until_ready,
+        )
 
     def sample_kept(
         self,

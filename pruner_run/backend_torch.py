@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from pruner_run.backend import Pruned, Weights, clocked
+from pruner_run.backend import Pruned, Weights, stage_times
 from pruner_spec.config import Pi0Config
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_dtype, parameter_table, random_scale
@@ -187,27 +188,16 @@ class TorchModel:
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        model, plan = self._model, sampling.plan_of(observation)
         there, noise_there = self._on_device(observation, noise)
-
-        stages = self._stages
-        encoded, vision = clocked(lambda: stages.embed(there, plan), self._finish)
-
-        def prune() -> Any:
-            selection = stages.select(encoded)
-            room = sampling.capacity(model, encoded, selection)
-            return stages.prune(encoded, selection, room)
-
-        prefix, pruning = clocked(prune, self._finish)
-        cache, reading = clocked(lambda: stages.prefill(prefix), self._finish)
-        inputs = (prefix, cache, there.state, noise_there, num_steps)
-        _, denoising = clocked(lambda: stages.denoise(*inputs), self._finish)
-        return {
-            "vision": vision,
-            "pruning": pruning if model.config.prunes_at_inference else 0.0,
-            "prefix": reading,
-            "denoising": denoising,
-        }
+        return stage_times(
+            self._stages,
+            there,
+            sampling.plan_of(observation),
+            noise_there,
+            num_steps,
+            capacity=functools.partial(sampling.capacity, self._model),
+            finish=self._finish,
+        )
 
     def sample_kept(
         self,
