@@ -1,5 +1,6 @@
 """Precision switches of the suite; library code never touches them."""
 
+import ctypes
 import gc
 import itertools
 import os
@@ -40,22 +41,30 @@ def _forget_compiled_functions(request):
 def _forget() -> None:
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-        gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].compiler.reset()
+    gc.collect()
+    # What was freed in small pieces the C library keeps: gigabytes, after some hundred tests.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @pytest.fixture(scope="module")
 def compile_fast():
     """A step compiles for half a minute; what XLA does not optimize it computes all the same.
 
-    What such a module compiles, a few large functions that many tests call, is kept to its end.
+    What such a module compiles, a few large functions that many tests call, is kept to its end. The
+    processes that it starts do the same.
     """
-    if "jax" in BACKENDS:
-        import jax
+    with pytest.MonkeyPatch.context() as patch:
+        if "jax" in BACKENDS:
+            import jax
 
-        jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    if "jax" in BACKENDS:
-        jax.config.update("jax_disable_most_optimizations", False)
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+            jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        if "jax" in BACKENDS:
+            jax.config.update("jax_disable_most_optimizations", False)
     _forget()
 
 

@@ -49,7 +49,11 @@ class Affine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a normalised x is multiplied by, and what is added: [D], in `wide` precision."""
+    """What a normalised x is multiplied by, and what is added: [D].
+
+    RMS norms' are in `wide` precision. Layer norms' are as the model stores them, in PyTorch, whose
+    kernel then reads and writes the model's dtype and computes in `wide` precision all the same.
+    """
 
     scale: Float[Array, "D"]
     shift: Float[Array, "D"] | None = None

@@ -41,7 +41,11 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a normalised x is multiplied by, and what is added: [D], in `wide` precision."""
+    """What a normalised x is multiplied by, and what is added: [D].
+
+    RMS norms' are in `wide` precision. Layer norms' are as the model stores them, in PyTorch, whose
+    kernel then reads and writes the model's dtype and computes in `wide` precision all the same.
+    """
 
     scale: Float[Tensor, "D"]
     shift: Float[Tensor, "D"] | None = None
@@ -308,7 +312,7 @@ def _affine(linear: Linear, dtype: torch.dtype) -> Affine:
 
 
 def _layer_norm(norm: LayerNorm, dtype: torch.dtype) -> Norm:
-    return Norm(norm.scale.to(wide(dtype)), norm.bias.to(wide(dtype)))
+    return Norm(norm.scale.to(dtype), norm.bias.to(dtype))
 
 
 def _rms_norm(norm: Any, dtype: torch.dtype) -> Norm | None:

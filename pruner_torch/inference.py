@@ -579,9 +579,7 @@ def _affine(x: Float[Tensor, "*batch inputs"], affine: Affine) -> Float[Tensor, 
 
 
 def _layer_norm(x: Float[Tensor, "B N D"], norm: Norm) -> Float[Tensor, "B N D"]:
-    high = x.to(wide(x.dtype))
-    normed = F.layer_norm(high, norm.scale.shape, norm.scale, norm.shift, LAYER_NORM_EPSILON)
-    return normed.to(x.dtype)
+    return F.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
 def _rms_norm(
