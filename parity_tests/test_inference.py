@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,36 @@ def test_graphs_are_replayed_and_bounded():
             found = model.sample(batch.observation, batch.noise)
             np.testing.assert_array_equal(found, plain.sample(batch.observation, batch.noise))
     assert len(model.sampler._graphs) == 3
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
+def test_the_cache_of_graphs(monkeypatch):
+    """What it copies, what it reads where it stands, and which graph goes first."""
+    import torch
+
+    graphs = BACKENDS["torch"].module("graphs")
+    captured = []
+
+    def capture(_, function, fresh, standing):
+        inputs, outputs = (*(x.clone() for x in fresh), *standing), torch.zeros(2)
+        graph = types.SimpleNamespace(replay=lambda: outputs.copy_(function(*inputs)))
+        captured.append(inputs)
+        return graphs._Graph(graph, inputs, outputs)
+
+    monkeypatch.setattr(graphs.Graphs, "_capture", capture)
+    cache, stands = graphs.Graphs(torch.device("cpu"), 2), torch.tensor([10.0, 20.0])
+
+    def call(key, value, standing=stands):
+        return cache(key, torch.add, (torch.full((2,), value),), (standing,)).tolist()
+
+    assert call("a", 1.0) == [11.0, 21.0]
+    assert call("a", 2.0) == [12.0, 22.0]
+    assert captured[0][1] is stands
+    assert call("a", 2.0, torch.tensor([30.0, 40.0])) == [32.0, 42.0]
+    assert stands.tolist() == [30.0, 40.0]  # another call's output, copied to where it is read
+    for key in ("b", "a", "c", "a"):  # "b" was used least recently when "c" came
+        call(key, 0.0)
+    assert len(cache) == 2
+    assert len(captured) == 3
+    call("b", 0.0)
+    assert len(captured) == 4

@@ -66,6 +66,9 @@ class Graphs:
         found.graph.replay()
         return found.outputs
 
+    # Under a caller's inference mode the inputs would be tensors that nobody may write to later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(
         self,
         function: Callable[..., Any],
