@@ -286,14 +286,14 @@ def see(
 def prefill(model: "Pi0", weights: Deployed, prefix: "Prefix") -> Cache:
     """Keys and values of the prefix."""
     config, head_dim = model.config, model.config.paligemma.head_dim
+    groups = config.paligemma.num_kv_heads
     angles = rotary(prefix.positions, head_dim, model.dtype)
     # Nobody reads what padding attends to, so that a mask of keys is enough.
     mask = prefix.valid[:, None]
     x, written = prefix.tokens, []
     for layer in weights.language[:-1]:
-        x, key_value = _prefix_layer(layer, x, angles, mask, config.paligemma.num_kv_heads)
+        x, key_value = _prefix_layer(layer, x, angles, mask, groups)
         written.append(key_value)
-    groups = config.paligemma.num_kv_heads
     written.append(_project_keys(weights.language[-1], x, angles, groups))
     key, value = zip(*written, strict=True)
     place = jnp.arange(config.suffix_length)
