@@ -89,6 +89,10 @@ def test_another_number_of_steps(backend):
         found = model.sample(batch.observation, batch.noise, num_steps)
         expected = model.plain.sample(batch.observation, batch.noise, num_steps=num_steps)
         check("same computation", "float64", f"{backend.name}, deployed", error(found, expected))
+    with backend.precision(config.dtype):
+        noise = backend.array(batch.noise)
+        apart = model.sampler.distance(model.plain.module, batch.observation, noise, 4)
+    check("same computation", "float64", f"{backend.name}, deployed", apart)
 
 
 @backends

@@ -134,7 +134,6 @@ class Deployed:
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
-        clock: what a `Schedule` is made of.
         state_in, time_in, time_out: π0's, in `wide` precision; `time_in` is the part of the
             kernel that reads actions, without a bias.
     """
@@ -146,7 +145,6 @@ class Deployed:
     final_norm: Norm | None
     action_in: Affine
     action_out: Affine
-    clock: Clock
     state_in: Affine | None = None
     time_in: Affine | None = None
     time_out: Affine | None = None
@@ -212,8 +210,27 @@ def deploy(model: "Pi0") -> Deployed:
         final_norm=_rms_norm(model.gemma.action.final_norm, dtype),
         action_in=_affine(model.action_in_proj, high),
         action_out=_affine(model.action_out_proj, high),
-        clock=_clock(model, high),
         **pi0,
+    )
+
+
+def clock_of(model: "Pi0") -> Clock:
+    """What a model's `Schedule`s are made of."""
+    dtype = wide(model.dtype)
+    if not model.config.pi05:
+        both = _affine(model.action_time_mlp_in, dtype)
+        return Clock(Affine(both.kernel[model.config.action_expert.width :], both.bias))
+    expert: Any = model.gemma.action  # with adaptive norms
+    attention, mlp = (
+        _of_each(expert.layers, lambda layer, name=name: _modulation_of(layer, name, dtype))
+        for name in ("attention_norm", "mlp_norm")
+    )
+    return Clock(
+        first=_affine(model.time_mlp_in, dtype),
+        second=_affine(model.time_mlp_out, dtype),
+        attention=attention,
+        mlp=mlp,
+        final=_affine(expert.final_norm.modulation, dtype),
     )
 
 
@@ -241,24 +258,6 @@ def schedule(clock: Clock, num_steps: int, dtype: jnp.dtype) -> Schedule:
         attention=_modulation(attention, dtype),
         mlp=_modulation(mlp, dtype),
         final=_modulation(_apply(condition, clock.final), dtype),
-    )
-
-
-def _clock(model: "Pi0", dtype: jnp.dtype) -> Clock:
-    if not model.config.pi05:
-        both = _affine(model.action_time_mlp_in, dtype)
-        return Clock(Affine(both.kernel[model.config.action_expert.width :], both.bias))
-    expert: Any = model.gemma.action  # with adaptive norms
-    attention, mlp = (
-        _of_each(expert.layers, lambda layer, name=name: _modulation_of(layer, name, dtype))
-        for name in ("attention_norm", "mlp_norm")
-    )
-    return Clock(
-        first=_affine(model.time_mlp_in, dtype),
-        second=_affine(model.time_mlp_out, dtype),
-        attention=attention,
-        mlp=mlp,
-        final=_affine(expert.final_norm.modulation, dtype),
     )
 
 

@@ -31,6 +31,7 @@ from pruner_jax.deployed import (
     Schedule,
     Vision,
     VisionBlock,
+    clock_of,
     deploy,
     schedule,
 )
@@ -38,6 +39,7 @@ from pruner_jax.gemma import Rotary, rotary, rotate
 from pruner_jax.layers import LAYER_NORM_EPSILON, attend, gelu, wide
 from pruner_jax.pruner import Selection, rms_normalize
 from pruner_jax.siglip import patchify
+from pruner_spec.config import VisionVariant
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 
@@ -78,7 +80,7 @@ class Sampler:
         # Without parameters, so that those of the model may go; the record is the model's.
         self.model = nnx.merge(graph, jax.eval_shape(lambda: state))
         self.settings = InferenceSettings() if settings is None else settings
-        self._weights = deploy(model)
+        self._weights, self._clock = deploy(model), clock_of(model)
         self._schedules: dict[int, Schedule] = {}
         self._encode = jax.jit(functools.partial(_encode, self.model), static_argnums=2)
         self._act = jax.jit(functools.partial(act, self.model), static_argnums=6)
@@ -186,8 +188,7 @@ class Sampler:
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
-            clock, dtype = self._weights.clock, self.model.dtype
-            self._schedules[num_steps] = schedule(clock, num_steps, dtype)
+            self._schedules[num_steps] = schedule(self._clock, num_steps, self.model.dtype)
         return self._schedules[num_steps]
 
 
@@ -231,9 +232,9 @@ def embed(
     """`Pi0.embed`, over deployed weights."""
     from pruner_jax.pi0 import Encoded  # here, since pi0 imports this module
 
-    heads, dtype = model.config.vision.num_heads, model.dtype
+    variant, dtype = model.config.vision, model.dtype
     together = images.reshape(-1, *images.shape[2:])
-    patches = see(weights.vision, together, heads, dtype)
+    patches = see(weights.vision, together, variant, dtype)
     rows = weights.embedding[prompt].astype(dtype)
     return Encoded(
         patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
@@ -271,15 +272,14 @@ def act(
 def see(
     weights: Vision,
     images: Float[Array, "B height width 3"],
-    num_heads: int,
+    variant: VisionVariant,
     dtype: jnp.dtype,
 ) -> Float[Array, "B N D"]:
     """The vision tower: `SigLip.__call__`."""
-    patch_size = round((len(weights.patch_embedding.kernel) / 3) ** 0.5)
-    pixels = patchify(images.astype(wide(dtype)), patch_size)
+    pixels = patchify(images.astype(wide(dtype)), variant.patch_size)
     x = _affine(pixels, weights.patch_embedding).astype(dtype)
     for block in weights.blocks:
-        x = _vision_block(block, x, num_heads)
+        x = _vision_block(block, x, variant.num_heads)
     return _affine(_layer_norm(x, weights.final_norm), weights.head)
 
 

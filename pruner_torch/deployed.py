@@ -121,7 +121,6 @@ class Deployed:
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
-        clock: what a `Schedule` is made of.
         state_in, time_in, time_out: π0's, in `wide` precision; `time_in` is the part of the
             kernel that reads actions, without a bias.
     """
@@ -133,7 +132,6 @@ class Deployed:
     final_norm: Norm | None
     action_in: Affine
     action_out: Affine
-    clock: Clock
     state_in: Affine | None = None
     time_in: Affine | None = None
     time_out: Affine | None = None
@@ -194,8 +192,28 @@ def deploy(model: "Pi0") -> Deployed:
         final_norm=_rms_norm(model.gemma.action.final_norm, dtype),
         action_in=_affine(model.action_in_proj, high),
         action_out=_affine(model.action_out_proj, high),
-        clock=_clock(model, high),
         **pi0,
+    )
+
+
+@torch.no_grad()
+def clock_of(model: "Pi0") -> Clock:
+    """What a model's `Schedule`s are made of."""
+    dtype = wide(model.dtype)
+    if not model.config.pi05:
+        both = _affine(model.action_time_mlp_in, dtype)
+        return Clock(Affine(both.kernel[model.config.action_expert.width :], both.bias))
+    expert: Any = model.gemma.action  # with adaptive norms
+    attention, mlp = (
+        tuple(_affine(getattr(layer, name).modulation, dtype) for layer in expert.layers)
+        for name in ("attention_norm", "mlp_norm")
+    )
+    return Clock(
+        first=_affine(model.time_mlp_in, dtype),
+        second=_affine(model.time_mlp_out, dtype),
+        attention=attention,
+        mlp=mlp,
+        final=_affine(expert.final_norm.modulation, dtype),
     )
 
 
@@ -224,24 +242,6 @@ def schedule(clock: Clock, num_steps: int, dtype: torch.dtype) -> Schedule:
         attention=_modulation(attention, dtype),
         mlp=_modulation(mlp, dtype),
         final=_modulation(_apply(condition, clock.final), dtype),
-    )
-
-
-def _clock(model: "Pi0", dtype: torch.dtype) -> Clock:
-    if not model.config.pi05:
-        both = _affine(model.action_time_mlp_in, dtype)
-        return Clock(Affine(both.kernel[model.config.action_expert.width :], both.bias))
-    expert: Any = model.gemma.action  # with adaptive norms
-    attention, mlp = (
-        tuple(_affine(getattr(layer, name).modulation, dtype) for layer in expert.layers)
-        for name in ("attention_norm", "mlp_norm")
-    )
-    return Clock(
-        first=_affine(model.time_mlp_in, dtype),
-        second=_affine(model.time_mlp_out, dtype),
-        attention=attention,
-        mlp=mlp,
-        final=_affine(expert.final_norm.modulation, dtype),
     )
 
 

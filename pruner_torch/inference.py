@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pruner_spec.config import VisionVariant
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 from pruner_torch import kernels, kernels_plain, sampling
@@ -34,6 +35,7 @@ from pruner_torch.deployed import (
     Schedule,
     Vision,
     VisionBlock,
+    clock_of,
     deploy,
     schedule,
 )
@@ -83,7 +85,7 @@ class Sampler:
     def __init__(self, model: "Pi0", settings: InferenceSettings | None = None) -> None:
         self.model = model
         self.settings = InferenceSettings() if settings is None else settings
-        self._weights = deploy(model)
+        self._weights, self._clock = deploy(model), clock_of(model)
         self._schedules: dict[int, Schedule] = {}
         # While something is being traced, `kernels` are `kernels_plain`.
         operations = kernels if self.settings.kernels else kernels_plain
@@ -244,8 +246,7 @@ class Sampler:
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
-            clock, dtype = self._weights.clock, self.model.dtype
-            self._schedules[num_steps] = schedule(clock, num_steps, dtype)
+            self._schedules[num_steps] = schedule(self._clock, num_steps, self.model.dtype)
         return self._schedules[num_steps]
 
 
@@ -324,8 +325,8 @@ def embed(
     """`Pi0.embed`, over deployed weights."""
     from pruner_torch.pi0 import Encoded  # here, since pi0 imports this module
 
-    heads, dtype = model.config.vision.num_heads, model.dtype
-    patches = see(weights.vision, images.flatten(0, 1), heads, dtype, compiled)
+    variant, dtype = model.config.vision, model.dtype
+    patches = see(weights.vision, images.flatten(0, 1), variant, dtype, compiled)
     rows = F.embedding(prompt, weights.embedding).to(dtype)
     root = torch.full((), rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
     return Encoded(
@@ -369,17 +370,16 @@ def act(
 def see(
     weights: Vision,
     images: Float[Tensor, "B height width 3"],
-    num_heads: int,
+    variant: VisionVariant,
     dtype: torch.dtype,
     compiled: bool = False,
 ) -> Float[Tensor, "B N D"]:
     """The vision tower: `SigLip.__call__`."""
-    patch_size = round((len(weights.patch_embedding.kernel) / 3) ** 0.5)
-    pixels = patchify(images.to(wide(dtype)), patch_size)
+    pixels = patchify(images.to(wide(dtype)), variant.patch_size)
     x = _affine(pixels, weights.patch_embedding).to(dtype)
     block_of = optimized(_vision_block, compiled)
     for block in weights.blocks:
-        x = block_of(block, x, num_heads)
+        x = block_of(block, x, variant.num_heads)
     return _affine(_layer_norm(x, weights.final_norm), weights.head)
 
 
