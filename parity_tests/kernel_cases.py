@@ -1,14 +1,16 @@
-"""What the kernels of `pruner_torch.kernels` compute, held against float64 in NumPy.
+"""What the functions of `pruner_torch.kernels` compute, held against float64 in NumPy.
 
 Run as a program, it tries every case and prints what it found as JSON: in a process of its own,
 since Triton is told to interpret before it is imported. Memory that nobody has written is NaN, and
-so is everything around the inputs.
+so are the surroundings of the inputs, and what a function has no need to read.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,13 +19,34 @@ from torch import Tensor
 from parity_tests.harness import DEVICE
 from pruner_spec.sequence import MASKED_LOGIT
 from pruner_torch import kernels, kernels_plain
+from pruner_torch.kernels_plain import Rows
+from pruner_triton.tiles import PROCESSORS
 
 FULL = DEVICE == "cuda"  # the sizes of π0.5; otherwise such as an interpreter has patience for
-WIDTH, MLP, HEADS, HEAD_DIM = (1024, 4096, 8, 256) if FULL else (96, 40, 3, 32)
-KEYS = (160, 1018) if FULL else (40, 130)
-ROWS = (1, 3, 50, 51, 100)
+WIDTH, MLP, HEADS, HEAD_DIM, ACTION_DIM = (1024, 4096, 8, 256, 32) if FULL else (72, 40, 3, 96, 7)
+KEYS = (178, 306, 1018) if FULL else (178, 130, 40)
+FEW, MANY = (1, 3, 50, 51, 100), 130  # rows, up to `kernels.MAX_ROWS` and above
 DTYPES = ("float32", "bfloat16")
-Call = Callable[[Any], Tensor]  # of a module, `kernels` or `kernels_plain`
+Call = Callable[[Any], Tensor | Rows]  # of a module, `kernels` or `kernels_plain`
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Something to compute.
+
+    Attributes:
+        name: its sizes.
+        launch: the function of `kernels_launch` that computes it.
+        call: computes it.
+        expected: in float64; where the result is `Rows`, their x.
+        scale: of the norm that takes the `Rows`.
+    """
+
+    name: str
+    launch: str
+    call: Call
+    expected: np.ndarray
+    scale: Tensor | None = None
 
 
 class Numbers:
@@ -33,28 +56,54 @@ class Numbers:
         self.generator = np.random.default_rng(7)
         self.dtype = getattr(torch, dtype)
 
-    def __call__(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        """Normal, rounded to the dtype; a view, with NaN behind each row and after all of them."""
-        values = mean + scale * self.generator.standard_normal(shape)
-        room = (*shape[:-2], shape[-2] + 2, shape[-1] + 8) if len(shape) > 1 else shape
-        tensor = torch.full(room, float("nan"), dtype=self.dtype, device=DEVICE)
-        view = tensor[..., : shape[-2], : shape[-1]] if len(shape) > 1 else tensor
-        return view.copy_(torch.from_numpy(values))
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal; see `roomy`."""
+        return self.roomy(scale * self.generator.standard_normal(shape), self.dtype)
 
-    def table(self, *shape: int, mean: float = 0.0) -> Tensor:
-        """Normal, in float32, without room."""
-        values = mean + 0.5 * self.generator.standard_normal(shape)
-        return torch.from_numpy(values.astype(np.float32)).to(DEVICE)
+    def actions(self, *shape: int) -> Tensor:
+        """Normal, in float32; see `roomy`."""
+        return self.roomy(self.generator.standard_normal(shape), torch.float32)
 
-    def kernel(self, inputs: int, outputs: int, *, transposed: bool = False) -> Tensor:
+    def table(self, *shape: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normal; see `dense`."""
+        return self.dense(mean + 0.5 * self.generator.standard_normal(shape), dtype)
+
+    def kernel(self, inputs: int, outputs: int, *, outputs_first: bool = True) -> Tensor:
         """Such that a product is about as large as its input."""
-        if transposed:
-            return self(outputs, inputs, scale=inputs**-0.5).T
+        if outputs_first:
+            values = inputs**-0.5 * self.generator.standard_normal((outputs, inputs))
+            return self.dense(values, self.dtype).T
         return self(inputs, outputs, scale=inputs**-0.5)
 
-    def empty(self, *shape: int) -> Tensor:
-        """NaN, to be written."""
-        return torch.full(shape, float("nan"), dtype=self.dtype, device=DEVICE)
+    def normed(self, rows: int, width: int, parts: int) -> Rows:
+        """For a product, which does not read x."""
+        return Rows(self.empty(rows, width), self(rows, width), self.squares(rows, width, parts))
+
+    def squares(self, rows: int, width: int, parts: int) -> Tensor:
+        """Sums of squares, in parts of which every other is 0."""
+        squares = width * self.generator.uniform(0.5, 4, (parts, rows))
+        squares[1::2] = 0
+        return self.dense(squares, torch.float32)
+
+    def angles(self, batch: int, length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines."""
+        angle = 3 * self.generator.standard_normal((batch, length, head_dim // 2))
+        return self.roomy(np.cos(angle), torch.float32), self.roomy(np.sin(angle), torch.float32)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """NaN."""
+        return torch.full(shape, float("nan"), dtype=dtype or self.dtype, device=DEVICE)
+
+    def dense(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Without gaps, between NaN."""
+        around = self.empty(values.size + 16, dtype=dtype)
+        return around[8:-8].view(values.shape).copy_(torch.from_numpy(values))
+
+    def roomy(self, values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """A view, with NaN behind each row and after all of them."""
+        *leading, rows, columns = values.shape
+        around = self.empty(*leading, rows + 2, columns + 8, dtype=dtype)
+        return around[..., :rows, :columns].copy_(torch.from_numpy(values))
 
 
 def double(x: Tensor) -> np.ndarray:
@@ -62,11 +111,15 @@ def double(x: Tensor) -> np.ndarray:
     return x.to(torch.float64).cpu().numpy()
 
 
-def rms_norm(x: np.ndarray, scale: Tensor | None, shift: Tensor | None) -> np.ndarray:
-    """In float64."""
-    y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    y = y if scale is None else y * double(scale)
-    return y if shift is None else y + double(shift)
+def factor(squares: Tensor, width: int) -> np.ndarray:
+    """1 / rms of each row, [R, 1], in float64."""
+    return 1 / np.sqrt(double(squares).sum(0)[:, None] / width + 1e-6)
+
+
+def product(rows: Rows, kernel: Tensor, added: Tensor | None) -> np.ndarray:
+    """The norm's, in float64."""
+    result = double(rows.scaled) @ double(kernel) * factor(rows.squares, len(kernel))
+    return result if added is None else result + double(added)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -81,148 +134,108 @@ def turned(x: np.ndarray, cos: Tensor, sin: Tensor) -> np.ndarray:
     return np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
 
 
-def heads(qkv: np.ndarray, cos: Tensor, sin: Tensor, groups: int) -> np.ndarray:
-    """Queries and keys turned, values not: [B, S, K + 2G, H]."""
-    split = qkv.reshape(*qkv.shape[:2], -1, cos.shape[-1] * 2)
-    last = split.shape[2] - groups
-    return np.concatenate([turned(split[:, :, :last], cos, sin), split[:, :, last:]], axis=2)
+def calling(name: str, *arguments: Any) -> Call:
+    """A module's function of these."""
+    return lambda module: getattr(module, name)(*arguments)
 
 
-def norms(numbers: Numbers, width: int) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-    """With a scale and a shift, a scale alone, and none."""
-    scale, shift = numbers.table(width, mean=1.0), numbers.table(width)
-    yield from (("shifted", scale, shift), ("scaled", scale, None), ("bare", None, None))
+def scale_rows(numbers: Numbers) -> Iterator[Case]:
+    for rows, width in ((1, WIDTH), (3, WIDTH + 4), (51, 37), (MANY, WIDTH)):
+        x, scale = numbers(rows, width, scale=3.0), numbers.table(width, mean=1.0)
+
+        def call(module: Any, x: Tensor = x, scale: Tensor = scale) -> Rows:
+            result = module.scale_rows(x, scale)
+            return dataclasses.replace(result, x=result.x.clone())
+
+        yield Case(f"{rows} x {width}", "add_scaled", call, double(x), scale)
 
 
-def rms_normalize(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for rows in (1, 3, 51):
-        x = numbers(rows, WIDTH + (4 if rows == 3 else 0), scale=3.0)
-        for name, *norm in norms(numbers, x.shape[1]):
-            expected = rms_norm(double(x), *norm)
-            yield f"{rows} {name}", lambda k, x=x, n=norm: k.rms_normalize(x, *n), expected
+def project(numbers: Numbers) -> Iterator[Case]:
+    for launch, batch, length, groups, heads, head_dim, parts, place in (
+        ("project", 1, 1, 1, HEADS, HEAD_DIM, 1, 3),
+        ("project", 1, 3, 1, HEADS, HEAD_DIM, 5, 0),
+        ("project", 1, 50, 1, HEADS, HEAD_DIM, 5, 3),
+        ("project", 1, 51, 1, HEADS, HEAD_DIM, 1, 3),
+        ("project", 2, 50, 1, HEADS, HEAD_DIM, 5, 3),
+        ("project", 2, 3, 2, HEADS, 32, 1, 4),
+        ("rotate", 2, 3, 2, HEADS, 20, 1, 4),  # not in tiles
+        ("rotate", 2, 5, 2, 0, HEAD_DIM, 5, 3),
+        ("rotate", 1, 50, 1, HEADS, HEAD_DIM, 5, 3),  # inputs first
+        ("rotate", 1, MANY, 1, HEADS, HEAD_DIM, 1, 3),
+    ):
+        width = WIDTH + 4 if length == 3 else WIDTH
+        outputs_first = (launch, length) != ("rotate", 50)
+        kernel = numbers.kernel(width, (heads + 2 * groups) * head_dim, outputs_first=outputs_first)
+        added = None if length == 51 else numbers.table(kernel.shape[1])
+        rows = numbers.normed(batch * length, width, parts)
+        cos, sin = numbers.angles(batch, length, head_dim)
+        packed = product(rows, kernel, added).reshape(batch, length, -1, head_dim)
+        turning, still = np.split(packed, [heads + groups], axis=2)
+        name = f"{batch}x{length} x {width}, {heads} heads of {head_dim}, {groups} groups"
+        shape = (batch, place + length + 2, groups, head_dim)
+        call = projecting(numbers, shape, place, heads, rows, kernel, added, cos, sin)
+        yield Case(name, launch, call, np.concatenate([turned(turning, cos, sin), still], axis=2))
 
 
-def gelu_product(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for rows in (1, 3, 51):
-        x = numbers(rows, 2 * MLP + 2 * rows, scale=2.0)
-        gate, up = np.split(double(x), 2, axis=-1)
-        yield f"{rows}", lambda k, x=x: k.gelu_product(x), gelu(gate) * up
+def projecting(
+    numbers: Numbers, shape: tuple[int, ...], place: int, heads: int, *arguments: Any
+) -> Call:
+    """Queries, keys and values; all NaN if anything was written beside them."""
+
+    def call(module: Any) -> Tensor:
+        batch, room, groups, head_dim = shape
+        around = [numbers.empty(batch, room, groups + 1, head_dim + 8) for _ in range(2)]
+        caches = [each[:, :, :groups, :head_dim] for each in around]
+        query, *found = module.project(*arguments, *caches, place, heads)
+        news = [cache[:, place : place + query.shape[1]] for cache in found]
+        result = torch.cat([query, *news], dim=2)
+        for cache, new in zip(around, news, strict=True):  # the host need not wait for it
+            untouched = cache.isnan().sum() == cache.numel() - new.numel()
+            result = torch.where(untouched, result, float("nan"))
+        return result
+
+    return call
 
 
-def outputs(numbers: Numbers, batch: int, length: int, groups: int) -> list[Tensor]:
-    """Room for queries, and for keys and values inside longer caches."""
-    query = numbers.empty(batch, length, HEADS, HEAD_DIM)
-    caches = (numbers.empty(batch, length + 5, groups, HEAD_DIM) for _ in range(2))
-    return [query, *(cache[:, 3 : 3 + length] for cache in caches)]
+def gated(numbers: Numbers) -> Iterator[Case]:
+    sizes = [("gated", rows, WIDTH, MLP) for rows in FEW]
+    sizes[1] = ("gated", 3, 37, MLP)
+    sizes += [("gelu_product", 3, 40, 1034), ("gelu_product", MANY, WIDTH, MLP)]
+    for place, (launch, rows, inputs, outputs) in enumerate(sizes):
+        given = numbers.normed(rows, inputs, 1 if place % 2 else 5)
+        kernel = numbers.kernel(inputs, 2 * outputs, outputs_first=outputs == MLP)
+        added = None if rows == 51 else numbers.table(2 * outputs)
+        gate, up = np.split(product(given, kernel, added), 2, axis=-1)
+        call = calling("gated", given, kernel, added)
+        yield Case(f"{rows} x {inputs} x {outputs}", launch, call, gelu(gate) * up)
 
 
-def written(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What was written; all NaN if anything was beside it. The host need not wait for it."""
-    result = torch.cat([query, key, value], dim=2)
-    for view in (key, value):
-        assert view._base is not None
-        before, after = view._base[:, :3], view._base[:, 3 + view.shape[1] :]
-        untouched = before.isnan().all() & after.isnan().all()
-        result = torch.where(untouched, result, float("nan"))
-    return result
+def merge(numbers: Numbers) -> Iterator[Case]:
+    # Inputs that 4 programs share, 2, and 1.
+    sizes = [("merge", rows, MLP if FULL else 512) for rows in FEW]
+    sizes += [("merge", 3, 258), ("merge", 3, 37)]
+    sizes += [("add_scaled", 3, 36), ("add_scaled", MANY, WIDTH)]
+    for launch, rows, inputs in sizes:
+        x, residual = numbers(rows, inputs), numbers(rows, WIDTH)
+        kernel = numbers.kernel(inputs, WIDTH, outputs_first=inputs != 36)
+        gate = None if rows in (1, 51) else numbers.table(WIDTH)
+        gate = gate if gate is None or rows == 3 else gate.to(numbers.dtype)
+        scale = numbers.table(WIDTH, mean=1.0)
+        added = double(x) @ double(kernel) * (1 if gate is None else double(gate))
+        call = calling("merge", x, kernel, residual, gate, scale)
+        yield Case(f"{rows} x {inputs}", launch, call, double(residual) + added, scale)
 
 
-def angles(numbers: Numbers, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    angle = 3 * numbers.table(batch, length, HEAD_DIM // 2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for batch, length, groups in ((1, 50, 1), (2, 3, 2)):
-        qkv = numbers(batch, length, (HEADS + 2 * groups) * HEAD_DIM)
-        cos, sin = angles(numbers, batch, length)
-
-        def call(k: Any, qkv: Tensor = qkv, c: Tensor = cos, s: Tensor = sin, g: int = groups):
-            views = outputs(numbers, *qkv.shape[:2], g)
-            k.rotate(qkv, c, s, HEADS, *views)
-            return written(*views)
-
-        yield f"{batch}x{length}, {groups} groups", call, heads(double(qkv), cos, sin, groups)
-
-
-def normed_linear(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for rows in ROWS:
-        width = WIDTH + (4 if rows == 3 else 0)
-        x = numbers(rows, width, scale=3.0)
-        kernel = numbers.kernel(width, MLP, transposed=rows > 50)
-        for name, *norm in norms(numbers, width):
-            if name == "shifted" or rows == 50:
-                expected = rms_norm(double(x), *norm) @ double(kernel)
-                call = lambda k, x=x, n=norm, w=kernel: k.normed_linear(x, *n, w)  # noqa: E731
-                yield f"{rows} {name}", call, expected
-
-
-def normed_gated(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for rows in ROWS:
-        x = numbers(rows, WIDTH, scale=3.0)
-        kernel = numbers.kernel(WIDTH, 2 * MLP, transposed=rows > 50)
-        name, *norm = next(norms(numbers, WIDTH))
-        gate, up = np.split(rms_norm(double(x), *norm) @ double(kernel), 2, axis=-1)
-        call = lambda k, x=x, n=norm, w=kernel: k.normed_gated(x, *n, w)  # noqa: E731
-        yield f"{rows} {name}", call, gelu(gate) * up
-
-
-def normed_rotated(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for batch, length, groups in ((1, 50, 1), (2, 3, 2)):
-        x = numbers(1, batch * length, WIDTH, scale=3.0).contiguous().view(batch, length, WIDTH)
-        kernel = numbers.kernel(WIDTH, (HEADS + 2 * groups) * HEAD_DIM, transposed=batch == 2)
-        cos, sin = angles(numbers, batch, length)
-        name, *norm = next(norms(numbers, WIDTH))
-        expected = heads(rms_norm(double(x), *norm) @ double(kernel), cos, sin, groups)
-
-        def call(
-            k: Any,
-            x: Tensor = x,
-            norm: list[Tensor | None] = norm,
-            kernel: Tensor = kernel,
-            angle: tuple[Tensor, Tensor] = (cos, sin),
-            groups: int = groups,
-        ) -> Tensor:
-            views = outputs(numbers, *x.shape[:2], groups)
-            k.normed_rotated(x, *norm, kernel, *angle, HEADS, *views)
-            return written(*views)
-
-        yield f"{batch}x{length}, {groups} groups, {name}", call, expected
-
-
-def linear_residual(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for rows in ROWS:
-        # As many inputs as are shared among programs, and a number that is not.
-        inputs = 37 if rows == 3 else 4 * 128
-        x, residual = numbers(rows, inputs), numbers(rows, MLP)
-        kernel = numbers.kernel(inputs, MLP, transposed=rows > 50)
-        gate = None if rows == 1 else numbers.table(MLP)
-        expected = double(x) @ double(kernel) * (1 if gate is None else double(gate))
-        call = lambda k, x=x, w=kernel, r=residual, g=gate: k.linear_residual(x, w, r, g)  # noqa: E731
-        yield f"{rows} of {inputs}", call, double(residual) + expected
-
-
-def quantized(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    """Of float8 weights; what they were before is not what is asked for."""
-    x, residual = numbers(50, 512, scale=3.0), numbers(50, MLP)
-    kernel, scale = kernels.quantize(numbers.kernel(512, MLP))
-    weights = double(kernel.float()) * double(scale)
-    name, *norm = next(norms(numbers, 512))
-    normed = rms_norm(double(x), *norm) @ weights
-    yield f"linear, {name}", lambda k: k.normed_linear(x, *norm, kernel, scale), normed
-    gate, up = np.split(normed, 2, axis=-1)
-    yield f"gated, {name}", lambda k: k.normed_gated(x, *norm, kernel, scale), gelu(gate) * up
-    added = double(x) @ weights + double(residual)
-    yield "residual", lambda k: k.linear_residual(x, kernel, residual, None, scale), added
-
-
-def attend(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
-    for batch, length, keys in ((1, 50, KEYS[0]), (2, 5, KEYS[1]), (2, 51, KEYS[1] - 7), (1, 1, 1)):
+def attend(numbers: Numbers) -> Iterator[Case]:
+    sizes = [(1, 1, 1), (1, 50, KEYS[0]), (1, 51, KEYS[1]), (2, 5, KEYS[2]), (2, 51, KEYS[1] - 7)]
+    if numbers.dtype == torch.bfloat16:
+        sizes.append((1, 16 * PROCESSORS // HEADS + 1, 33))  # which takes the larger tiles
+    for batch, length, keys in sizes:
         query = numbers(batch, length, HEADS, HEAD_DIM, scale=2 * HEAD_DIM**-0.5)
-        caches = (numbers(batch, keys, HEAD_DIM)[:, :, None] for _ in range(2))
-        key, value = caches
-        mask = torch.from_numpy(numbers.generator.random((batch, keys)) < 0.6).to(DEVICE)
-        mask[-1] = batch == 1  # of two samples the last has no key at all
+        key, value = (numbers(batch, keys, HEAD_DIM)[:, :, None] for _ in range(2))
+        visible = numbers.generator.random((batch, keys, 2)) < 0.6
+        mask = torch.from_numpy(visible).to(DEVICE)[..., 0]
+        mask[1:] = False  # of two samples the second has no key at all
         for name, given in (("all keys", None), ("masked", mask)):
             logits = np.einsum("bskh,bth->bskt", double(query), double(key[:, :, 0]))
             if given is not None:
@@ -230,24 +243,58 @@ def attend(numbers: Numbers) -> Iterator[tuple[str, Call, np.ndarray]]:
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             expected = np.einsum("bskt,bth->bskh", weights, double(value[:, :, 0]))
-            call = lambda k, q=query, x=key, v=value, m=given: k.attend(q, x, v, m)  # noqa: E731
-            yield f"{batch}x{length} of {keys}, {name}", call, expected.reshape(batch, length, -1)
+            call = calling("attend", query, key, value, given)
+            expected = expected.reshape(batch, length, -1)
+            yield Case(f"{batch}x{length} of {keys}, {name}", "attend", call, expected)
+
+
+def embed_actions(numbers: Numbers) -> Iterator[Case]:
+    for batch, horizon, actions, width in ((1, 50, ACTION_DIM, WIDTH), (2, 3, 5, 37), (1, 1, 1, 8)):
+        noisy = numbers.actions(batch, horizon, actions)
+        kernel, bias = numbers.table(actions, width), numbers.table(width)
+        scale = numbers.table(width, mean=1.0)
+        expected = double(noisy).reshape(-1, actions) @ double(kernel) + double(bias)
+        call = calling("embed_actions", noisy, kernel, bias, scale, numbers.dtype)
+        yield Case(f"{batch}x{horizon} x {actions}", "embed_actions", call, expected, scale)
+
+
+def euler_step(numbers: Numbers) -> Iterator[Case]:
+    for batch, horizon, tokens, actions, width, parts in (
+        (1, 50, 50, ACTION_DIM, WIDTH, 5),
+        (1, 50, 51, ACTION_DIM, WIDTH, 1),  # of which the first is π0's state
+        (2, 3, 4, 5, 300, 5),
+        (1, 1, 1, 1, 8, 1),
+    ):
+        x, squares = numbers(batch * tokens, width), numbers.squares(batch * tokens, width, parts)
+        rows = Rows(x, numbers.empty(*x.shape), squares)
+        scale = numbers.table(width, mean=1.0)
+        shift = None if horizon < tokens else numbers.table(width)
+        kernel, bias = numbers.table(width, actions), numbers.table(actions)
+        noisy = numbers.actions(batch, horizon, actions)
+        normed = double(x) * factor(squares, width) * double(scale)
+        normed = normed if shift is None else normed + double(shift)
+        velocity = (normed @ double(kernel) + double(bias)).reshape(batch, tokens, -1)
+        expected = double(noisy) - 0.1 * velocity[:, -horizon:]
+        call = calling("euler_step", rows, scale, shift, kernel, bias, noisy, -0.1)
+        yield Case(f"{batch}x{horizon} of {tokens} x {width}", "euler_step", call, expected)
 
 
 FAMILIES = {
     family.__name__: family
-    for family in (
-        *(rms_normalize, rotate, gelu_product, normed_linear, normed_rotated, normed_gated),
-        *(linear_residual, attend, quantized),
-    )
+    for family in (scale_rows, project, gated, merge, attend, embed_actions, euler_step)
 }
 
 
-def bits(x: Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+def tensors(result: Tensor | Rows) -> dict[str, Tensor]:
+    return {"x": result} if isinstance(result, Tensor) else vars(result)
 
 
-def poisoned(call: Call, module: Any) -> Tensor:
+def bits(result: Tensor | Rows) -> bytes:
+    each = (x.contiguous().view(torch.uint8) for x in tensors(result).values())
+    return b"".join(x.cpu().numpy().tobytes() for x in each)
+
+
+def poisoned(call: Call, module: Any) -> Tensor | Rows:
     """The result, where memory that is not written is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -256,49 +303,63 @@ def poisoned(call: Call, module: Any) -> Tensor:
         torch.use_deterministic_algorithms(False)
 
 
-def captured(call: Call, *, overlap: bool) -> Tensor:
-    """The result of a CUDA graph's second replay, of calls that wait for one another if at all."""
+def captured(call: Call) -> bytes:
+    """The result of a CUDA graph's second replay."""
     graph = torch.cuda.CUDAGraph()
-    kernels.set_overlap(overlap)
     call(kernels)
     with torch.cuda.graph(graph):
         results = [call(kernels) for _ in range(3)]
-    kernels.set_overlap(False)
     graph.replay()
     for result in results:
-        result.fill_(float("nan"))
+        for x in tensors(result).values():
+            x.fill_(float("nan"))
     graph.replay()
-    assert len({bits(result) for result in results}) == 1
-    return results[-1]
+    (found,) = {bits(result) for result in results}
+    return found
 
 
-def errors(found: Tensor, expected: np.ndarray) -> dict[str, float]:
+def error(found: Tensor, expected: np.ndarray) -> dict[str, float]:
     """The largest and the mean difference, over the largest value expected; infinite for NaN."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
     difference = np.abs(double(found) - expected) / np.abs(expected).max()
     if not np.isfinite(difference).all():
         return {"largest": float("inf"), "mean": float("inf")}
     return {"largest": float(difference.max()), "mean": float(difference.mean())}
 
 
+def errors(result: Tensor | Rows, case: Case) -> dict[str, dict[str, float]]:
+    """Of each part of a result; what stands beside x is held against that as it was found."""
+    if isinstance(result, Tensor):
+        return {"x": error(result, case.expected)}
+    assert case.scale is not None
+    x = double(result.x)
+    return {
+        "x": error(result.x, case.expected),
+        "scaled": error(result.scaled, x * double(case.scale)),
+        "squares": error(result.squares.sum(dim=0), np.square(x).sum(-1)),
+    }
+
+
 def found(family: str, dtype: str) -> Iterator[dict[str, Any]]:
     """What was found in each case of a family."""
-    overlaps = []
-    if FULL:
-        overlaps = [False, True] if torch.cuda.get_device_capability() >= (9, 0) else [False]
-    for name, call, expected in FAMILIES[family](Numbers(dtype)):
-        first = poisoned(call, kernels)
+    from pruner_torch import kernels_launch  # here, since it imports Triton
+
+    for case in FAMILIES[family](Numbers(dtype)):
+        launch = getattr(kernels_launch, case.launch)
+        with mock.patch.object(kernels_launch, case.launch, wraps=launch) as launched:
+            first = poisoned(case.call, kernels)
+        plain = case.call(kernels_plain)
+        kinds = [[x.dtype for x in tensors(result).values()] for result in (first, plain)]
         yield {
             "family": family,
-            "case": name,
+            "case": case.name,
             "dtype": dtype,
-            "triton": kernels.available(first),
-            "shape": list(first.shape) == list(expected.shape),
-            "same": bits(first) == bits(poisoned(call, kernels)),
-            "captured": all(
-                bits(captured(call, overlap=overlap)) == bits(first) for overlap in overlaps
-            ),
-            "error": errors(first, expected),
-            "plain": errors(call(kernels_plain), expected),
+            "launched": launched.call_count == 1,
+            "dtypes": kinds[0] == kinds[1],
+            "same": bits(first) == bits(poisoned(case.call, kernels)),
+            "captured": not FULL or captured(case.call) == bits(first),
+            "errors": errors(first, case),
+            "plain": errors(plain, case),
         }
 
 

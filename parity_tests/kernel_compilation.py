@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -23,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pruner_torch import kernels_pointwise, kernels_rows, kernels_split, kernels_tiles
+from pruner_torch import kernels_launch
+from pruner_torch.kernels_plain import Rows
 
 # Shared memory that a program may have, by compute capability: A100; RTX 4090; H100 and H200.
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -46,70 +48,81 @@ class Driver:
         return 0
 
 
-def launches() -> dict[str, Callable[[], Any]]:
-    """Of a denoising step and of the prefix."""
-    rows, table = zeros(50, 1024), zeros(2560, dtype=torch.float32)
-    norm = (table[:1024], table[:1024])
-    angle = zeros(1, 50, 128, dtype=torch.float32)
-    cache = zeros(2, 1, 1018, 1, 256)
-    heads = (zeros(1, 50, 8, 256), cache[0, :, -50:], cache[1, :, -50:])
-    mask = torch.ones(1, 1018, dtype=torch.bool)
-    found: dict[str, Callable[[], Any]] = {
-        "rms_normalize": lambda: kernels_pointwise.rms_normalize(rows, *norm),
-        "gelu_product": lambda: kernels_pointwise.gelu_product(zeros(968, 32768)),
-        "rotate": lambda: kernels_pointwise.rotate(zeros(1, 50, 2560), angle, angle, 8, *heads),
-        "attend": lambda: kernels_split.attend(heads[0], cache[0], cache[1], mask),
-        "attend, prefix": lambda: kernels_split.attend(
-            zeros(1, 968, 8, 256), cache[0, :, :968], cache[1, :, :968], None
-        ),
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A size alone, of which a library's product takes no time."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def table(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.float32)
+
+
+def step(batch: int) -> dict[str, Callable[[], Any]]:
+    """Of a denoising step; squares are in as many parts as `merge` leaves."""
+    width, mlp, heads, head_dim, horizon, actions, room = 1024, 4096, 8, 256, 50, 32, 1018
+    x, scale = empty(batch * horizon, width), table(width)
+    rows = Rows(x, x, table(width // 32, len(x)))
+    angle = table(batch, horizon, head_dim // 2)
+    key, value = empty(2, batch, room, 1, head_dim)
+    query = empty(batch, horizon, heads, head_dim)
+    mask = empty(batch, room, dtype=torch.bool)
+    qkv, out = empty((heads + 2) * head_dim, width).T, empty(width, heads * head_dim).T
+    gate_up, down = empty(2 * mlp, width).T, empty(width, mlp).T
+    project = (rows, qkv, table(qkv.shape[1]), angle, angle, key, value, room - horizon, heads)
+    noisy = table(batch, horizon, actions)
+    embed = (noisy.flatten(0, 1), table(actions, width), scale, scale, x.dtype)
+    euler = (rows, scale, scale, table(width, actions), table(actions), noisy, -0.1)
+    return {
+        "project": lambda: kernels_launch.project(*project),
+        "attend": lambda: kernels_launch.attend(query, key, value, mask),
+        "merge, out": lambda: kernels_launch.merge(empty(len(x), len(out)), out, x, scale, scale),
+        "gated": lambda: kernels_launch.gated(rows, gate_up, table(2 * mlp)),
+        "merge, down": lambda: kernels_launch.merge(empty(len(x), mlp), down, x, scale, scale),
+        "embed_actions": lambda: kernels_launch.embed_actions(*embed),
+        "euler_step": lambda: kernels_launch.euler_step(*euler),
     }
-    for name, kernel, scale in (
-        ("", lambda *shape: zeros(*shape), None),
-        (", transposed", lambda *shape: zeros(*shape[::-1]).T, None),
-        (", float8", lambda *shape: zeros(*shape[::-1]).to(torch.float8_e4m3fn).T, table),
-    ):
-        found |= {
-            f"normed_linear{name}": lambda k=kernel, s=scale: kernels_rows.normed_linear(
-                rows, *norm, k(1024, 2560), s
-            ),
-            f"normed_rotated{name}": lambda k=kernel, s=scale: kernels_rows.normed_rotated(
-                rows, *norm, k(1024, 2560), angle, angle, 8, *heads, s
-            ),
-            f"normed_gated{name}": lambda k=kernel, s=scale: kernels_rows.normed_gated(
-                rows, *norm, k(1024, 8192), s
-            ),
-            f"linear_residual{name}": lambda k=kernel, s=scale: kernels_split.linear_residual(
-                zeros(50, 4096), k(4096, 1024), rows, rows[0], s
-            ),
-        }
-    return found
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def prefix() -> dict[str, Callable[[], Any]]:
+    """Of the prefix: what stands around its products, and its attention."""
+    width, mlp, heads, head_dim, length = 2048, 16384, 8, 256, 968
+    x, scale, angle = empty(length, width), table(width), table(1, length, head_dim // 2)
+    rows = Rows(x, x, table(1, length))
+    key, value = empty(2, 1, length, 1, head_dim)
+    query = empty(1, length, heads, head_dim)
+    qkv, gate_up = empty(width, (heads + 2) * head_dim), empty(width, 2 * mlp)
+    project = (rows, qkv, None, angle, angle, key, value, 0, heads)
+    return {
+        "scale_rows": lambda: kernels_launch.add_scaled(x, None, None, scale),
+        "add_scaled": lambda: kernels_launch.add_scaled(x, x, None, scale),
+        "rotate": lambda: kernels_launch.rotate(*project),
+        "gelu_product": lambda: kernels_launch.gelu_product(rows, gate_up, None),
+        "attend, prefix": lambda: kernels_launch.attend(query, key, value, None),
+    }
+
+
+def launches() -> dict[str, Callable[[], Any]]:
+    """All of them; of a step for one sample and for two, whose rows are more than 64."""
+    two = {f"{name}, 2 samples": launch for name, launch in step(2).items()}
+    return step(1) | two | prefix()
 
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
-    """A row a launch; launches overlap where they can."""
-    driver.set_active(Driver(capability))
-    kernels_tiles.shared_memory = lambda device: SHARED[capability]
-    kernels_pointwise.set_overlap(capability >= 90)
+    """A row a launch."""
+    target: Any = Driver(capability)
+    driver.set_active(target)
     run, last = JITFunction.run, []
 
     def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         last.append(run(self, *arguments, grid=grid, warmup=True, **options))
         return last[-1]
 
-    JITFunction.run = only_compile
-    try:
+    shared = SHARED[capability]
+    limited = mock.patch.object(kernels_launch, "_shared_memory", return_value=shared)
+    with limited, mock.patch.object(JITFunction, "run", only_compile):
         for name, launch in launches().items():
-            if capability < 89 and "float8" in name:
-                continue
             launch()
             yield {"launch": name} | usage(last[-1])
-    finally:
-        JITFunction.run = run
-        kernels_pointwise.set_overlap(False)
 
 
 def usage(kernel: Any) -> dict[str, int]:

@@ -96,6 +96,25 @@ def test_another_number_of_steps(backend):
 
 
 @backends
+def test_a_wrong_guess_changes_nothing(backend):
+    """The last call's bucket is tried first; an observation that needs another gets its own."""
+    config = tiny_config(token_pruning_enabled=True, dtype="float32", vision_variant="tiny/14")
+    weights = parameters(config)
+    model, fresh = Deployed(backend, config, weights), Deployed(backend, config, weights)
+    one, other = draw_batch(config), draw_batch(config)
+    # All patches of a uniform image are alike, and vote for the same one.
+    dull = {camera: np.full_like(image, 0.5) for camera, image in one.observation.images.items()}
+    dull = dataclasses.replace(one.observation, images=dull)
+    expected = [fresh.sample(each, one.noise) for each in (dull, other.observation)]
+    kept = []
+    for each in (dull, other.observation, dull, other.observation, other.observation):
+        found = model.sample(each, one.noise)
+        kept.append(max(model.plain.stats()["kept_per_sample"]))
+        assert np.array_equal(found, expected[each is not dull])
+    assert len({bucket(most, PATCH_BUCKETS) for most in kept}) > 1
+
+
+@backends
 def test_nobody_reads_what_is_behind_the_last_keys_and_values(backend):
     """The language model's last layer gives keys and values alone: the rest may be anything."""
     config = tiny_config()
@@ -174,6 +193,20 @@ def test_after_the_warm_up_nothing_is_compiled():
     assert compiled == len(backend.module("sampling").capacities(model.sampler.model, 3))
     model.sample(batch.observation, batch.noise)
     assert model.sampler._act._cache_size() == compiled
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+def test_kernels_that_do_not_run_are_left_to_xla(monkeypatch, caplog):
+    """Here for want of a GPU; elsewhere for a compiler's or a driver's reasons."""
+    pytest.importorskip("triton")
+    backend = BACKENDS["jax"]
+    monkeypatch.setattr(backend.module("triton_call"), "available", lambda: True)
+    config = tiny_config(dtype="float32", **PRUNING["implicit"])
+    model, batch = Deployed(backend, config, parameters(config)), draw_batch(config)
+    found = model.sample(batch.observation, batch.noise)
+    assert "the Triton kernels do not run here" in caplog.text
+    expected = model.plain.sample(batch.observation, batch.noise)
+    check("same computation", "float32", "jax, deployed, without kernels", error(found, expected))
 
 
 @pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")

@@ -259,6 +259,44 @@ def test_a_sample_with_scores_that_are_not_finite_is_reported_and_poisoned(backe
     assert np.isnan(packed[1]).all()
 
 
+@backends
+def test_packed_patches_by_hand(backend):
+    """Those that are kept in their order, then, as padding, the others in theirs."""
+    module = backend.module("pruner")
+    kept = np.array([[False, True, False, True, True], [True, False, False, False, False]])
+    counts = np.array([[[3, 0]], [[1, 2]]])
+    patches = np.arange(10, dtype=np.float32).reshape(2, 5, 1)
+    with backend.precision("float32"):
+        selection = module.Selection(backend.array(kept), backend.array(counts))
+        packed = module.pack(backend.array(patches), selection, 4)
+        found = {
+            name: backend.numpy(getattr(packed, name)) for name in ("tokens", "index", "valid")
+        }
+    assert found["index"].tolist() == [[1, 3, 4, 0], [0, 1, 2, 3]]
+    assert found["valid"].tolist() == [[True, True, True, False], [True, False, False, False]]
+    assert found["tokens"][0, :, 0].tolist() == [1, 3, 4, 0]
+    assert np.isnan(found["tokens"][1]).all()
+
+
+@backends
+def test_what_a_selection_counts(backend):
+    """Patches kept, which the fullest sample has most of, and scores that are not finite."""
+    module, inputs = backend.module("pruner"), PRUNER_CASES["masked cameras"].inputs()
+    with backend.precision("float32"):
+        arrays = [backend.array(x, "float32") for x in (inputs.patches, inputs.task)]
+        patch_mask = backend.array(inputs.patch_mask)
+        pruner = module.ImageTokenPruner(keep_tokens=20)
+        selection = pruner.select(*arrays, patch_mask=patch_mask)
+        assert backend.numpy(selection.counts).tolist() == [[[n, 0]] for n in (20, 20, 16, 0)]
+        assert module.most_kept(selection, 48) == 20
+        kept = backend.numpy(selection.kept)
+        np.testing.assert_array_equal(kept.sum(axis=-1), [20, 20, 16, 0])
+        two = backend.array(np.array([0, 2, 0, 0]))
+        broken = module.Selection.of(selection.kept, two)
+        with pytest.raises(ValueError, match=r"finite.*got 2 that"):
+            module.most_kept(broken, 48)
+
+
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="compares the two backends")
 def test_bfloat16_selections_overlap():
     """bfloat16 tokens: reported beside the float32 truth, and the same in both backends."""

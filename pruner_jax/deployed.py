@@ -5,12 +5,14 @@
   it is in every released model.
 - Adapters are merged with their kernels.
 - The times of the denoising steps are known beforehand, and with them all that the adaptive norms
-  are modulated by: a table, in the place of a condition and of 0.1 B parameters.
+  are modulated by: a table, in the place of a condition and of 0.1 B parameters. A norm's shift
+  comes multiplied with the kernel that reads it.
 - The patch embedding's bias and the position embedding are one array.
+- The action expert's kernels lie in memory outputs first, as products of few rows read them.
 - Layers come apart: a loop over stacked ones would slice each kernel out before it multiplies.
 
 Scales of norms stay where they are: multiplied into a bfloat16 kernel they would round it once
-more, and the norm multiplies by them at no cost.
+more, and whoever writes a norm's input multiplies by them at no cost.
 
 Dimension letters: N patches, D width, E width of the suffix, F MLP, K heads, G kv heads, L layers,
 T denoising steps.
@@ -51,8 +53,9 @@ class Affine:
 class Norm:
     """What a normalised x is multiplied by, and what is added: [D].
 
-    RMS norms' are in `wide` precision. Layer norms' are as the model stores them, in PyTorch, whose
-    kernel then reads and writes the model's dtype and computes in `wide` precision all the same.
+    RMS norms' are in `wide` precision, a schedule's [T, E]. Layer norms' are as the model stores
+    them, in PyTorch, whose kernel then reads and writes the model's dtype and computes in `wide`
+    precision all the same.
     """
 
     scale: Float[Array, "D"]
@@ -86,19 +89,21 @@ class Vision:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertLayer:
-    """An expert's part of a layer; its norms are None where a schedule has them.
+    """An expert's part of a layer; each kernel of the action expert's is transposed.
 
     Attributes:
+        attention_scale, mlp_scale: of the norms, in `wide` precision, with the one of "one plus
+            scale" in them; None where a schedule has them.
         qkv: [D, (K + 2*G) * head_dim], queries first, then keys, then values.
         out: [K * head_dim, D].
         gate_up: [D, 2*F], the gate first.
         down: [F, D].
     """
 
-    attention_norm: Norm | None
+    attention_scale: Float[Array, "D"] | None
     qkv: Float[Array, "D outputs"]
     out: Float[Array, "inputs D"]
-    mlp_norm: Norm | None
+    mlp_scale: Float[Array, "D"] | None
     gate_up: Float[Array, "D 2*F"]
     down: Float[Array, "F D"]
 
@@ -153,17 +158,17 @@ class Deployed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Modulation:
-    """What adaptive norms do at each of T times, in `wide` precision but for the gate.
+    """What an adaptive norm does at each of T times, in `wide` precision but for the gate.
 
     Attributes:
-        scale: [T, L, E], with the one of "one plus scale"; [T, E] of a norm that stands alone.
-        shift: the same.
-        gate: the same, in the model's dtype.
+        scale: with the one of "one plus scale".
+        added: the shift times the kernel that reads the norm's result: N outputs.
+        gate: of the residual, in the model's dtype.
     """
 
-    scale: Float[Array, "T *L E"]
-    shift: Float[Array, "T *L E"]
-    gate: Float[Array, "T *L E"]
+    scale: Float[Array, "T E"]
+    added: Float[Array, "T N"]
+    gate: Float[Array, "T E"]
 
 
 @functools.partial(
@@ -178,15 +183,16 @@ class Schedule:
     Attributes:
         steps: T.
         step: dt, negative.
-        attention, mlp, final: π0.5's norms; None in π0.
+        attention, mlp: π0.5's norms, a layer each; none in π0.
+        final: π0.5's final norm, [T, E]; None in π0.
         time: [T, E], what the time adds before π0's activation; None in π0.5.
     """
 
     steps: int
     step: float
-    attention: Modulation | None = None
-    mlp: Modulation | None = None
-    final: Modulation | None = None
+    attention: tuple[Modulation, ...] = ()
+    mlp: tuple[Modulation, ...] = ()
+    final: Norm | None = None
     time: Float[Array, "T E"] | None = None
 
 
@@ -194,6 +200,7 @@ def deploy(model: "Pi0") -> Deployed:
     """The weights of a model; those that nothing is done to are the model's own arrays."""
     dtype, config = model.dtype, model.config
     high = wide(dtype)
+    final_scale = _rms_scale(model.gemma.action.final_norm, dtype)
     pi0: dict[str, Affine] = {}
     if not config.pi05:
         width = config.action_expert.width
@@ -205,9 +212,11 @@ def deploy(model: "Pi0") -> Deployed:
     return Deployed(
         vision=_vision(model.vision, dtype),
         embedding=model.gemma.embedder.embedding[...],
-        language=_layers(model.gemma.language, dtype),
-        action=_layers(model.gemma.action, dtype),
-        final_norm=_rms_norm(model.gemma.action.final_norm, dtype),
+        language=_of_each(model.gemma.language.layers, lambda layer: _layer(layer, dtype)),
+        action=_of_each(
+            model.gemma.action.layers, lambda layer: _outputs_first(_layer(layer, dtype))
+        ),
+        final_norm=None if final_scale is None else Norm(final_scale),
         action_in=_affine(model.action_in_proj, high),
         action_out=_affine(model.action_out_proj, high),
         **pi0,
@@ -234,11 +243,14 @@ def clock_of(model: "Pi0") -> Clock:
     )
 
 
-def schedule(clock: Clock, num_steps: int, dtype: jnp.dtype) -> Schedule:
+def schedule(
+    clock: Clock, layers: tuple[ExpertLayer, ...], num_steps: int, dtype: jnp.dtype
+) -> Schedule:
     """The denoising steps, computed as the model's own norms compute them.
 
     Args:
         clock: of the model.
+        layers: of the action expert.
         num_steps: T.
         dtype: the model's.
     """
@@ -248,16 +260,21 @@ def schedule(clock: Clock, num_steps: int, dtype: jnp.dtype) -> Schedule:
     if clock.second is None or clock.final is None:
         return Schedule(num_steps, step, time=read)
     condition = jax.nn.silu(_apply(jax.nn.silu(read), clock.second))
-    attention, mlp = (
-        jnp.stack([_apply(condition, layer) for layer in layers], axis=1)
-        for layers in (clock.attention, clock.mlp)
-    )
+    scale, shift, _ = jnp.split(_apply(condition, clock.final), 3, axis=-1)
+
+    def modulations(norms: tuple[Affine, ...], name: str) -> tuple[Modulation, ...]:
+        readers = (getattr(layer, name) for layer in layers)
+        return tuple(
+            _modulation(condition, norm, reader, dtype)
+            for norm, reader in zip(norms, readers, strict=True)
+        )
+
     return Schedule(
         num_steps,
         step,
-        attention=_modulation(attention, dtype),
-        mlp=_modulation(mlp, dtype),
-        final=_modulation(_apply(condition, clock.final), dtype),
+        attention=modulations(clock.attention, "qkv"),
+        mlp=modulations(clock.mlp, "gate_up"),
+        final=Norm(1 + scale, shift),
     )
 
 
@@ -267,9 +284,14 @@ def _apply(x: Float[Array, "T inputs"], affine: Affine) -> Float[Array, "T outpu
     return y if affine.bias is None else y + affine.bias
 
 
-def _modulation(values: Float[Array, "T *L 3*E"], dtype: jnp.dtype) -> Modulation:
-    scale, shift, gate = jnp.split(values, 3, axis=-1)
-    return Modulation(1 + scale, shift, gate.astype(dtype))
+@functools.partial(jax.jit, static_argnums=3)
+def _modulation(
+    condition: Float[Array, "T E"], norm: Affine, reader: Float[Array, "N E"], dtype: jnp.dtype
+) -> Modulation:
+    """Of a norm, and of the kernel that reads it, transposed."""
+    scale, shift, gate = jnp.split(_apply(condition, norm), 3, axis=-1)
+    added = jnp.matmul(shift, reader.T.astype(shift.dtype), precision="highest")
+    return Modulation(1 + scale, added, gate.astype(dtype))
 
 
 def _vision(tower: siglip.SigLip, dtype: jnp.dtype) -> Vision:
@@ -315,19 +337,15 @@ def _modulation_of(layer: Any, name: str, dtype: jnp.dtype) -> Affine:
     return _affine(getattr(layer, name).modulation, dtype)
 
 
-def _layers(expert: gemma.Expert, dtype: jnp.dtype) -> tuple[ExpertLayer, ...]:
-    return _of_each(expert.layers, lambda layer: _layer(layer, dtype))
-
-
 def _layer(layer: Any, dtype: jnp.dtype) -> ExpertLayer:
     attention, mlp = layer.attention, layer.mlp
     parts = [_merged(part, dtype) for part in (attention.query, attention.key, attention.value)]
     parts[0] = parts[0] * attention.head_dim**-0.5
     return ExpertLayer(
-        attention_norm=_rms_norm(layer.attention_norm, dtype),
+        attention_scale=_rms_scale(layer.attention_norm, dtype),
         qkv=jnp.concatenate(parts, axis=-1),
         out=_merged(attention.out, dtype),
-        mlp_norm=_rms_norm(layer.mlp_norm, dtype),
+        mlp_scale=_rms_scale(layer.mlp_norm, dtype),
         gate_up=jnp.concatenate([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], axis=-1),
         down=_merged(mlp.down, dtype),
     )
@@ -352,8 +370,14 @@ def _layer_norm(norm: LayerNorm, dtype: jnp.dtype) -> Norm:
     return Norm(norm.scale[...].astype(wide(dtype)), norm.bias[...].astype(wide(dtype)))
 
 
-def _rms_norm(norm: Any, dtype: jnp.dtype) -> Norm | None:
+def _rms_scale(norm: Any, dtype: jnp.dtype) -> Float[Array, "D"] | None:
     """None of an adaptive norm, which the schedule has."""
     if isinstance(norm, gemma.AdaptiveRMSNorm):
         return None
-    return Norm(1 + norm.scale[...].astype(wide(dtype)))
+    return 1 + norm.scale[...].astype(wide(dtype))
+
+
+def _outputs_first(layer: ExpertLayer) -> ExpertLayer:
+    """The same layer, its kernels transposed."""
+    names = ("qkv", "out", "gate_up", "down")
+    return dataclasses.replace(layer, **{name: getattr(layer, name).T for name in names})

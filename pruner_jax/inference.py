@@ -1,7 +1,8 @@
 """The fast way from an observation to actions, over `Deployed` weights.
 
 What `sampling` computes, but for rounding. No layer is asked for what nobody reads (the last one of
-the prefix gives keys and values alone), and what every call would compute again is looked up.
+the prefix gives keys and values alone), and what every call would compute again is looked up. Small
+products and attention go through `kernels`, Triton's on a GPU.
 
 A call is two compiled functions of static shapes, `encode` and `act`, and, with the implicit
 selection, one read of an integer between them.
@@ -12,21 +13,22 @@ D width, E width of the suffix, K heads, G kv heads, A action dim.
 
 import dataclasses
 import functools
+import logging
 import math
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pruner_jax import sampling
+from pruner_jax import kernels, kernels_plain, sampling, triton_call
 from pruner_jax.deployed import (
     Affine,
     Deployed,
     ExpertLayer,
-    Modulation,
     Norm,
     Schedule,
     Vision,
@@ -35,9 +37,10 @@ from pruner_jax.deployed import (
     deploy,
     schedule,
 )
-from pruner_jax.gemma import Rotary, rotary, rotate
-from pruner_jax.layers import LAYER_NORM_EPSILON, attend, gelu, wide
-from pruner_jax.pruner import Selection, rms_normalize
+from pruner_jax.gemma import Rotary, rotary
+from pruner_jax.kernels import OfStep, Rows
+from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
+from pruner_jax.pruner import Selection
 from pruner_jax.siglip import patchify
 from pruner_spec.config import VisionVariant
 from pruner_spec.inference import InferenceSettings
@@ -47,20 +50,22 @@ if TYPE_CHECKING:
     from pruner_jax.pi0 import Encoded, Pi0, Prefix
 
 
+logger = logging.getLogger(__name__)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (after RoPE) and values of the prefix; PyTorch's with room for the suffix's.
+    """Keys (after RoPE) and values of the prefix, and room for those of the suffix.
 
     Attributes:
-        key, value: one a layer; [B, S, G, head_dim] in JAX, which writes nowhere, and
-            [B, T, G, head_dim] in PyTorch.
+        key, value: one a layer.
         valid: bool [B, S].
         suffix: RoPE of the H tokens of the suffix.
     """
 
-    key: tuple[Float[Array, "B _ G head_dim"], ...]
-    value: tuple[Float[Array, "B _ G head_dim"], ...]
+    key: tuple[Float[Array, "B T G head_dim"], ...]
+    value: tuple[Float[Array, "B T G head_dim"], ...]
     valid: Bool[Array, "B S"]
     suffix: Rotary
 
@@ -82,13 +87,22 @@ class Sampler:
         self.settings = InferenceSettings() if settings is None else settings
         self._weights, self._clock = deploy(model), clock_of(model)
         self._schedules: dict[int, Schedule] = {}
-        self._encode = jax.jit(functools.partial(_encode, self.model), static_argnums=2)
-        self._act = jax.jit(functools.partial(act, self.model), static_argnums=6)
-        self._embed = jax.jit(functools.partial(_embed, self.model), static_argnums=2)
+        self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
+        # Kernels depend on compilers and drivers: what launches them is tried once.
+        launches = self.settings.kernels and triton_call.available()
+        self._untried = {"_encode", "_act"} if launches else set()
+        self._compile(kernels if self.settings.kernels else kernels_plain)
+
+    def _compile(self, operations: ModuleType) -> None:
+        self._encode = jax.jit(functools.partial(_encode, self.model, operations=operations))
+        self._act = jax.jit(
+            functools.partial(act, self.model, operations=operations), static_argnums=6
+        )
+        self._embed = jax.jit(functools.partial(_embed, self.model, operations=operations))
         self._select = jax.jit(self.model.select)
         self._prune = jax.jit(functools.partial(sampling.prune, self.model), static_argnums=2)
-        self._prefill = jax.jit(functools.partial(prefill, self.model))
-        self._denoise = jax.jit(functools.partial(denoise, self.model))
+        self._prefill = jax.jit(functools.partial(prefill, self.model, operations=operations))
+        self._denoise = jax.jit(functools.partial(denoise, self.model, operations=operations))
 
     def sample_actions(
         self,
@@ -144,7 +158,7 @@ class Sampler:
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
-        return self._encode(self._weights, observation, plan)
+        return self._run("_encode", self._weights, *inputs_of(observation, plan))
 
     def act(
         self,
@@ -156,12 +170,18 @@ class Sampler:
         num_steps: int,
     ) -> Float[Array, "B H A"]:
         """See `sampling.Stages`."""
+        self._rooms[_sizes(encoded)] = capacity
         steps = self._schedule(num_steps)
-        return self._act(self._weights, steps, encoded, selection, state, noise, capacity)
+        inputs = (self._weights, steps, encoded, selection, state, noise, capacity)
+        return self._run("_act", *inputs)
+
+    def expected(self, encoded: "Encoded") -> int | None:
+        """See `sampling.Stages`."""
+        return self._rooms.get(_sizes(encoded))
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
-        return self._embed(self._weights, observation, plan)
+        return self._embed(self._weights, *inputs_of(observation, plan))
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -186,20 +206,43 @@ class Sampler:
         """See `sampling.Stages`."""
         return self._denoise(self._weights, self._schedule(num_steps), cache, state, noise)
 
+    def _run(self, name: str, *inputs: Any) -> Any:
+        """A function's result; where the kernels do not run, by XLA alone from then on."""
+        if name not in self._untried:
+            return getattr(self, name)(*inputs)
+        try:
+            result = jax.block_until_ready(getattr(self, name)(*inputs))
+        except Exception as error:  # a compiler's, a driver's: whatever it is, there is another way
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            logger.warning("the Triton kernels do not run here, %s; XLA's are slower", reason)
+            logger.debug("the Triton kernels failed", exc_info=True)
+            self._untried.clear()
+            self._compile(kernels_plain)
+            return getattr(self, name)(*inputs)
+        self._untried.discard(name)
+        return result
+
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
-            self._schedules[num_steps] = schedule(self._clock, num_steps, self.model.dtype)
+            layers, dtype = self._weights.action, self.model.dtype
+            self._schedules[num_steps] = schedule(self._clock, layers, num_steps, dtype)
         return self._schedules[num_steps]
 
 
 def inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Array, ...]:
-    """What `encode` reads of an observation: images, camera mask, prompt, prompt mask."""
-    return (
-        jnp.stack([observation.images[camera] for camera in plan.cameras], axis=1),
-        jnp.stack([observation.image_masks[camera] for camera in plan.cameras], axis=1),
+    """What `encode` reads of an observation.
+
+    The images, a camera each, and all else in one array of integers, [B, C + 2*L], since each that
+    the host sends takes its time: camera mask, prompt, prompt mask.
+    """
+    parts = [
+        *(observation.image_masks[camera][:, None] for camera in plan.cameras),
         observation.tokenized_prompt[:, : plan.prompt_length],
         observation.tokenized_prompt_mask[:, : plan.prompt_length],
-    )
+    ]
+    together: Any = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    packed = together.concatenate([part.astype(np.int32) for part in parts], axis=1)
+    return *(observation.images[camera] for camera in plan.cameras), packed
 
 
 def encode(
@@ -209,6 +252,7 @@ def encode(
     camera_mask: Bool[Array, "B C"],
     prompt: Int[Array, "B L"],
     prompt_mask: Bool[Array, "B L"],
+    operations: ModuleType = kernels_plain,
 ) -> "tuple[Encoded, Selection]":
     """Tokens, and which of them are kept.
 
@@ -216,8 +260,9 @@ def encode(
         model: of which no parameter is read.
         weights: its parameters.
         images, camera_mask, prompt, prompt_mask: see `Pi0.embed`.
+        operations: `kernels`, or `kernels_plain`.
     """
-    encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask)
+    encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask, operations)
     return encoded, model.select(encoded)
 
 
@@ -228,13 +273,14 @@ def embed(
     camera_mask: Bool[Array, "B C"],
     prompt: Int[Array, "B L"],
     prompt_mask: Bool[Array, "B L"],
+    operations: ModuleType = kernels_plain,
 ) -> "Encoded":
     """`Pi0.embed`, over deployed weights."""
     from pruner_jax.pi0 import Encoded  # here, since pi0 imports this module
 
     variant, dtype = model.config.vision, model.dtype
     together = images.reshape(-1, *images.shape[2:])
-    patches = see(weights.vision, together, variant, dtype)
+    patches = see(weights.vision, together, variant, dtype, operations)
     rows = weights.embedding[prompt].astype(dtype)
     return Encoded(
         patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
@@ -253,6 +299,7 @@ def act(
     state: Float[Array, "B A"],
     noise: Float[Array, "B H A"],
     capacity: int | None,
+    operations: ModuleType = kernels_plain,
 ) -> Float[Array, "B H A"]:
     """Actions, from the tokens and the selection of `encode`.
 
@@ -264,9 +311,11 @@ def act(
         state: of the robot; π0.5 reads it in the prompt.
         noise: standard normal.
         capacity: patches after pruning; None where nothing is pruned.
+        operations: `kernels`, or `kernels_plain`.
     """
     prefix = sampling.prune(model, encoded, selection, capacity)
-    return denoise(model, weights, schedule, prefill(model, weights, prefix), state, noise)
+    cache = prefill(model, weights, prefix, operations)
+    return denoise(model, weights, schedule, cache, state, noise, operations)
 
 
 def see(
@@ -274,27 +323,37 @@ def see(
     images: Float[Array, "B height width 3"],
     variant: VisionVariant,
     dtype: jnp.dtype,
+    operations: ModuleType = kernels_plain,
 ) -> Float[Array, "B N D"]:
     """The vision tower: `SigLip.__call__`."""
     pixels = patchify(images.astype(wide(dtype)), variant.patch_size)
     x = _affine(pixels, weights.patch_embedding).astype(dtype)
-    for block in weights.blocks:
-        x = _vision_block(block, x, variant.num_heads)
-    return _affine(_layer_norm(x, weights.final_norm), weights.head)
+    norms = [*(block.attention_norm for block in weights.blocks), weights.final_norm]
+    normed = _layer_norm(x, norms[0])
+    for block, following in zip(weights.blocks, norms[1:], strict=True):
+        x, normed = _vision_block(block, following, x, normed, variant.num_heads, operations)
+    return _affine(normed, weights.head)
 
 
-def prefill(model: "Pi0", weights: Deployed, prefix: "Prefix") -> Cache:
+def prefill(
+    model: "Pi0", weights: Deployed, prefix: "Prefix", operations: ModuleType = kernels_plain
+) -> Cache:
     """Keys and values of the prefix."""
     config, head_dim = model.config, model.config.paligemma.head_dim
-    groups = config.paligemma.num_kv_heads
+    batch, length = prefix.valid.shape
     angles = rotary(prefix.positions, head_dim, model.dtype)
-    # Nobody reads what padding attends to, so that a mask of keys is enough.
-    mask = prefix.valid[:, None]
-    x, written = prefix.tokens, []
-    for layer in weights.language[:-1]:
-        x, key_value = _prefix_layer(layer, x, angles, mask, groups)
-        written.append(key_value)
-    written.append(_project_keys(weights.language[-1], x, angles, groups))
+    room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
+    empty = jnp.zeros(room, model.dtype)
+    norms = [_own_norms(layer) for layer in weights.language]
+    first, *following = (each.attention_scale for each in norms)
+    rows = kernels_plain.scale_rows(prefix.tokens.reshape(batch * length, -1), first)
+    written = []
+    for layer, here, scale in zip(weights.language, norms, following, strict=False):
+        rows, *both = _prefix_layer(
+            layer, here, scale, rows, angles, prefix.valid, empty, operations
+        )
+        written.append(both)
+    written.append(_project_keys(weights.language[-1], rows, angles, empty))
     key, value = zip(*written, strict=True)
     place = jnp.arange(config.suffix_length)
     suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
@@ -308,126 +367,214 @@ def denoise(
     cache: Cache,
     state: Float[Array, "B A"],
     noise: Float[Array, "B H A"],
+    operations: ModuleType = kernels_plain,
 ) -> Float[Array, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
-    mask = _suffix_mask(model, cache.valid)
-    first = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    mask, place = _suffix_mask(model, cache.valid), cache.valid.shape[1]
+    token = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    out = weights.action_out
+    assert out.bias is not None
 
-    def advance(x: Float[Array, "B H A"], now: _Now) -> tuple[Array, None]:
-        y = _suffix_tokens(weights, now, x, first).astype(model.dtype)
-        for place, layer in enumerate(weights.action):
-            norms, past = _norms(layer, now, place), (cache.key[place], cache.value[place])
-            y = _suffix_layer(layer, norms, y, cache.suffix, mask, past)
-        y = _rms_norm(y, _final_norm(weights, now))
-        output = y[:, -model.config.action_horizon :].astype(wide(model.dtype))
-        return x + schedule.step * _affine(output, weights.action_out), None
+    def advance(carry: _Carry, step: Int[Array, ""]) -> tuple[_Carry, None]:
+        x, keys, values = carry
+        norms = _norms(weights, schedule, step)
+        scale, shift = _final_norm(weights, schedule, step)
+        first, *following = (*(each.attention_scale for each in norms), scale)
+        rows = _suffix_rows(model, weights, schedule, step, x, token, first, operations)
+        written = []
+        for i, layer in enumerate(weights.action):
+            past = keys[i], values[i]
+            rows, *both = _suffix_layer(
+                layer, norms[i], following[i], rows, cache.suffix, mask, past, place, operations
+            )
+            written.append(both)
+        kernel, bias = out.kernel, out.bias
+        x = operations.euler_step(rows, scale, shift, kernel, bias, x, schedule.step)
+        keys, values = zip(*written, strict=True)
+        return (x, keys, values), None
 
-    now = _Now(schedule.attention, schedule.mlp, schedule.final, schedule.time)
-    x, _ = jax.lax.scan(advance, noise, now, length=schedule.steps)
+    steps = jnp.arange(schedule.steps, dtype=jnp.int32)
+    (x, _, _), _ = jax.lax.scan(advance, (noise, cache.key, cache.value), steps)
     return x
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Now:
-    """A schedule's tables; within a step, that step's rows."""
-
-    attention: Modulation | None
-    mlp: Modulation | None
-    final: Modulation | None
-    time: Float[Array, "E"] | None
+# Actions, and the keys and values of all layers, whose last H a step writes anew.
+_Carry = tuple[Float[Array, "B H A"], tuple[Array, ...], tuple[Array, ...]]
+_Vector = Float[Array, "N"] | OfStep
 
 
 @dataclasses.dataclass(frozen=True)
 class _Norms:
-    """Of one layer at one step; a gate is None where the residual is added as it is."""
+    """Of one layer at one step; None where nothing is added, or a residual as it is."""
 
-    attention: Norm
-    attention_gate: Float[Array, "E"] | None
-    mlp: Norm
-    mlp_gate: Float[Array, "E"] | None
+    attention_scale: _Vector
+    attention_added: _Vector | None
+    attention_gate: _Vector | None
+    mlp_scale: _Vector
+    mlp_added: _Vector | None
+    mlp_gate: _Vector | None
 
 
-def _norms(layer: ExpertLayer, now: _Now, place: int) -> _Norms:
-    """A layer's own, or the schedule's."""
-    if layer.attention_norm is not None and layer.mlp_norm is not None:
-        return _Norms(layer.attention_norm, None, layer.mlp_norm, None)
-    assert now.attention is not None
-    assert now.mlp is not None
-    return _Norms(
-        Norm(now.attention.scale[place], now.attention.shift[place]),
-        now.attention.gate[place],
-        Norm(now.mlp.scale[place], now.mlp.shift[place]),
-        now.mlp.gate[place],
+def _own_norms(layer: ExpertLayer) -> _Norms:
+    assert layer.attention_scale is not None
+    assert layer.mlp_scale is not None
+    return _Norms(layer.attention_scale, None, None, layer.mlp_scale, None, None)
+
+
+def _norms(weights: Deployed, schedule: Schedule, step: Int[Array, ""]) -> tuple[_Norms, ...]:
+    """The layers' own, or the schedule's."""
+    if not schedule.attention:
+        return tuple(_own_norms(layer) for layer in weights.action)
+    return tuple(
+        _Norms(
+            *(OfStep(table, step) for table in (attention.scale, attention.added, attention.gate)),
+            *(OfStep(table, step) for table in (mlp.scale, mlp.added, mlp.gate)),
+        )
+        for attention, mlp in zip(schedule.attention, schedule.mlp, strict=True)
     )
 
 
-def _final_norm(weights: Deployed, now: _Now) -> Norm:
-    if now.final is not None:
-        return Norm(now.final.scale, now.final.shift)
-    assert weights.final_norm is not None
-    return weights.final_norm
+def _final_norm(
+    weights: Deployed, schedule: Schedule, step: Int[Array, ""]
+) -> tuple[_Vector, _Vector | None]:
+    """Scale and shift."""
+    if schedule.final is None or schedule.final.shift is None:
+        assert weights.final_norm is not None
+        return weights.final_norm.scale, None
+    return OfStep(schedule.final.scale, step), OfStep(schedule.final.shift, step)
 
 
-def _suffix_tokens(
+def _suffix_rows(
+    model: "Pi0",
     weights: Deployed,
-    now: _Now,
+    schedule: Schedule,
+    step: Int[Array, ""],
     x: Float[Array, "B H A"],
-    first: Float[Array, "B 1 E"] | None,
-) -> Float[Array, "B H E"]:
-    """`Pi0.embed_suffix_at`; `first` is π0's state token."""
-    tokens = _affine(x, weights.action_in)
-    if now.time is None or weights.time_in is None or weights.time_out is None:
-        return tokens
-    assert first is not None
-    tokens = jax.nn.silu(_affine(tokens, weights.time_in) + now.time)
-    return jnp.concatenate([first, _affine(tokens, weights.time_out)], axis=1)
+    token: Float[Array, "B 1 E"] | None,
+    scale: _Vector,
+    operations: ModuleType,
+) -> Rows:
+    """`Pi0.embed_suffix_at`; `token` is π0's of the state, `scale` the first norm's."""
+    action_in = weights.action_in
+    if schedule.time is None or weights.time_in is None or weights.time_out is None:
+        return operations.embed_actions(x, action_in.kernel, action_in.bias, scale, model.dtype)
+    assert token is not None
+    tokens = _affine(_affine(x, action_in), weights.time_in) + schedule.time[step]
+    tokens = jnp.concatenate([token, _affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    return operations.scale_rows(tokens.astype(model.dtype), scale)
 
 
 def _prefix_layer(
     layer: ExpertLayer,
-    x: Float[Array, "B S D"],
+    norms: _Norms,
+    following: _Vector,
+    rows: Rows,
     angles: Rotary,
-    mask: Bool[Array, "B 1 S"],
-    groups: int,
-) -> tuple[Float[Array, "B S D"], tuple[Array, Array]]:
-    """A layer of the language model, and its keys and values."""
-    assert layer.attention_norm is not None
-    assert layer.mlp_norm is not None
+    valid: Bool[Array, "B S"],
+    empty: Float[Array, "B T G head_dim"],
+    operations: ModuleType,
+) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """A layer of the language model; its keys and values are written into `empty`.
+
+    A library multiplies many rows best. Nobody reads what padding attends to, so that a mask of
+    keys is enough.
+    """
     head_dim = 2 * angles.cos.shape[-1]
-    normed = _rms_norm(x, layer.attention_norm)
-    query, key, value = _project(layer, normed, angles, groups, head_dim)
-    x = x + _attend(query, key, value, mask) @ layer.out
-    x = x + _gated(_rms_norm(x, layer.mlp_norm), layer) @ layer.down
-    return x, (key, value)
+    query, key, value = kernels_plain.project(
+        rows, layer.qkv, None, *_tables(angles), empty, empty, 0, len(layer.out) // head_dim
+    )
+    attended = _attend(query, key, value, valid[:, None], operations)
+    rows = _mlp(layer, norms, following, rows, attended, kernels_plain)
+    return rows, key, value
 
 
 def _suffix_layer(
     layer: ExpertLayer,
     norms: _Norms,
-    x: Float[Array, "B H E"],
+    following: _Vector,
+    rows: Rows,
     angles: Rotary,
     mask: Bool[Array, "B _ T"],
-    past: tuple[Float[Array, "B S G head_dim"], Float[Array, "B S G head_dim"]],
-) -> Float[Array, "B H E"]:
-    """A layer of the action expert, attending to [cached prefix ; suffix]."""
-    groups, head_dim = past[0].shape[2:]
-    normed = _rms_norm(x, norms.attention)
-    query, *new = _project(layer, normed, angles, groups, head_dim)
-    key, value = (jnp.concatenate(both, axis=1) for both in zip(past, new, strict=True))
-    attended = _attend(query, key, value, mask) @ layer.out
-    x = _add(x, attended, norms.attention_gate)
-    gated = _gated(_rms_norm(x, norms.mlp), layer) @ layer.down
-    return _add(x, gated, norms.mlp_gate)
+    past: tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]],
+    place: int,
+    operations: ModuleType,
+) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """A layer of the action expert; its keys and values are those in `past` from `place` on."""
+    layer = _inputs_first(layer)
+    heads = len(layer.out) // past[0].shape[-1]
+    query, key, value = operations.project(
+        rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
+    )
+    attended = _attend(query, key, value, mask, operations)
+    rows = _mlp(layer, norms, following, rows, attended, operations)
+    return rows, key, value
+
+
+def _mlp(
+    layer: ExpertLayer,
+    norms: _Norms,
+    following: _Vector,
+    rows: Rows,
+    attended: Float[Array, "B S K*head_dim"],
+    operations: ModuleType,
+) -> Rows:
+    """What comes after attention; `following` is the scale of the norm after the layer."""
+    attended = attended.reshape(len(rows.x), -1)
+    rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
+    gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
+    return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
+
+
+def _project_keys(
+    layer: ExpertLayer, rows: Rows, angles: Rotary, empty: Float[Array, "B T G head_dim"]
+) -> tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """Of the last layer of the prefix nobody reads more than keys and values."""
+    outputs = 2 * empty.shape[2] * empty.shape[3]
+    kernel = layer.qkv[:, -outputs:]
+    return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
+
+
+def _inputs_first(layer: ExpertLayer) -> ExpertLayer:
+    """A layer of the action expert as the operations are given it; nothing moves."""
+    names = ("qkv", "out", "gate_up", "down")
+    return dataclasses.replace(layer, **{name: getattr(layer, name).T for name in names})
+
+
+def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    return angles.cos[:, :, 0], angles.sin[:, :, 0]
 
 
 def _vision_block(
-    block: VisionBlock, x: Float[Array, "B N D"], num_heads: int
-) -> Float[Array, "B N D"]:
-    qkv = _affine(_layer_norm(x, block.attention_norm), block.qkv)
-    q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, num_heads, -1), 2, 0)
-    x = x + _affine(attend(q * q.shape[-1] ** -0.5, k, v), block.out)
-    return x + _affine(gelu(_affine(_layer_norm(x, block.mlp_norm), block.up)), block.down)
+    block: VisionBlock,
+    following: Norm,
+    x: Float[Array, "B N D"],
+    normed: Float[Array, "B N D"],
+    num_heads: int,
+    operations: ModuleType,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """A block's output, and that through the norm of the block that follows; so are its inputs.
+
+    Whoever reads a product adds its bias.
+    """
+    qkv = normed @ block.qkv.kernel
+    attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
+    x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
+    activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
+    return _add_layer_norm(x, activated, block.down, following, operations)
+
+
+def _add_layer_norm(
+    x: Float[Array, "B N D"],
+    y: Float[Array, "B N inputs"],
+    affine: Affine,
+    norm: Norm,
+    operations: ModuleType,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """x + affine(y), and its layer norm."""
+    product, bias = y @ affine.kernel, affine.bias
+    vectors = (bias, norm.scale, norm.shift)
+    return operations.add_layer_norm(x, product, *vectors, LAYER_NORM_EPSILON)
 
 
 def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:
@@ -447,71 +594,50 @@ def _affine(x: Float[Array, "*batch inputs"], affine: Affine) -> Float[Array, "*
 
 
 def _layer_norm(x: Float[Array, "B N D"], norm: Norm) -> Float[Array, "B N D"]:
-    high = x.astype(wide(x.dtype))
-    centred = high - high.mean(axis=-1, keepdims=True)
-    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON) * norm.scale
-    return (normed if norm.shift is None else normed + norm.shift).astype(x.dtype)
-
-
-def _rms_norm(x: Float[Array, "B S D"], norm: Norm) -> Float[Array, "B S D"]:
-    normed = rms_normalize(x) * norm.scale
-    return (normed if norm.shift is None else normed + norm.shift).astype(x.dtype)
-
-
-def _project(
-    layer: ExpertLayer, x: Float[Array, "B S D"], angles: Rotary, groups: int, head_dim: int
-) -> tuple[Array, Array, Array]:
-    """Queries [B, S, K, head_dim], keys and values [B, S, G, head_dim]."""
-    heads = (x @ layer.qkv).reshape(*x.shape[:2], -1, head_dim)
-    ends = heads.shape[2] - 2 * groups, heads.shape[2] - groups
-    query, key, value = jnp.split(heads, ends, axis=2)
-    return rotate(query, angles), rotate(key, angles), value
-
-
-def _project_keys(
-    layer: ExpertLayer, x: Float[Array, "B S D"], angles: Rotary, groups: int
-) -> tuple[Float[Array, "B S G head_dim"], Float[Array, "B S G head_dim"]]:
-    """Of the last layer of the prefix nobody reads more than keys and values."""
-    assert layer.attention_norm is not None
-    outputs = 2 * groups * 2 * angles.cos.shape[-1]
-    normed = _rms_norm(x, layer.attention_norm) @ layer.qkv[:, -outputs:]
-    key, value = jnp.split(normed.reshape(*x.shape[:2], 2 * groups, -1), 2, axis=2)
-    return rotate(key, angles), value
+    assert norm.shift is not None
+    return kernels_plain.layer_norm(x, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
 def _attend(
     query: Float[Array, "B S K head_dim"],
     key: Float[Array, "B T G head_dim"],
     value: Float[Array, "B T G head_dim"],
-    mask: Bool[Array, "B _ T"],
+    mask: Bool[Array, "B _ _"],
+    operations: ModuleType,
 ) -> Float[Array, "B S K*head_dim"]:
-    """Softmax attention of queries that are scaled already."""
-    everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], key.shape[1]))
-    return attend(query, key, value, everyone)
-
-
-def _gated(x: Float[Array, "B S D"], layer: ExpertLayer) -> Float[Array, "B S F"]:
-    gate, up = jnp.split(x @ layer.gate_up, 2, axis=-1)
-    return gelu(gate) * up
-
-
-def _add(
-    x: Float[Array, "B S D"], y: Float[Array, "B S D"], gate: Float[Array, "D"] | None
-) -> Float[Array, "B S D"]:
-    return x + y if gate is None else x + y * gate
+    """Softmax attention of queries that are scaled already, to as many keys as the mask has."""
+    if key.shape[2] == 1 and mask.shape[1] == 1:
+        return operations.attend(query, key, value, mask[:, 0])
+    keys = mask.shape[2]
+    everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], keys))
+    return attend(query, key[:, :keys], value[:, :keys], everyone)
 
 
 def _encode(
-    model: "Pi0", weights: Deployed, observation: Observation, plan: EncodingPlan
+    model: "Pi0", weights: Deployed, *inputs: Shaped[Array, "B ..."], operations: ModuleType
 ) -> "tuple[Encoded, Any]":
-    return encode(model, weights, *inputs_of(observation, plan))
+    """`encode`, of what `inputs_of` gives."""
+    return encode(model, weights, *_unpacked(*inputs), operations=operations)
 
 
 def _embed(
-    model: "Pi0", weights: Deployed, observation: Observation, plan: EncodingPlan
+    model: "Pi0", weights: Deployed, *inputs: Shaped[Array, "B ..."], operations: ModuleType
 ) -> "Encoded":
-    return embed(model, weights, *inputs_of(observation, plan))
+    """`embed`, of what `inputs_of` gives."""
+    return embed(model, weights, *_unpacked(*inputs), operations=operations)
+
+
+def _unpacked(*inputs: Shaped[Array, "B ..."]) -> tuple[Array, Array, Array, Array]:
+    """Images, camera mask, prompt and prompt mask."""
+    *images, packed = inputs
+    cameras = len(images)
+    prompt, prompt_mask = jnp.split(packed[:, cameras:], 2, axis=1)
+    return jnp.stack(images, axis=1), packed[:, :cameras] != 0, prompt, prompt_mask != 0
+
+
+def _sizes(encoded: "Encoded") -> tuple[int, ...]:
+    """On which the shapes of a call depend."""
+    return *encoded.patches.shape[:2], encoded.prompt.shape[1]
 
 
 def _distance(found: Float[Array, "*shape"], expected: Float[Array, "*shape"]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -234,14 +235,13 @@ class Pi0(nnx.Module):
         batch, _, patches = encoded.patches.shape[:3]
         if not self.config.prunes_at_inference:
             everything = encoded.camera_mask.repeat(patches, axis=1)
-            return Selection(kept=everything, nonfinite=jnp.zeros(batch, jnp.int32))
+            return Selection.of(everything, jnp.zeros(batch, jnp.int32))
         budget = None
         if self.config.token_prune_scope == "joint" and self.config.keep_budget is not None:
             budget = self.config.keep_budget * encoded.camera_mask.sum(axis=-1)
         selection = self.pruner.select(*self.pools(encoded), budget=budget)
         return Selection(
-            kept=selection.kept.reshape(batch, -1),
-            nonfinite=selection.nonfinite.reshape(batch, -1).sum(axis=-1),
+            kept=selection.kept.reshape(batch, -1), counts=selection.counts.reshape(batch, -1, 2)
         )
 
     def relax(
@@ -468,13 +468,17 @@ class Pi0(nnx.Module):
         return sampling.sample_actions(self, observation, noise, num_steps)
 
     def prepare(self, observation: Observation) -> Observation:
-        """The observation as JAX arrays, checked against the config."""
+        """The observation as arrays of the model's dtypes, checked against the config.
+
+        NumPy's stay NumPy's: a compiled function takes them to the device, in one go.
+        """
         observation.check(self.config)
 
-        def convert(array: Any) -> Array:
-            array = jnp.asarray(array)
+        def convert(array: Any) -> Array | np.ndarray:
+            array = array if isinstance(array, Array | np.ndarray) else jnp.asarray(array)
             is_float = jnp.issubdtype(array.dtype, jnp.floating)
-            return array.astype(wide(self.dtype)) if is_float else array
+            dtype = wide(self.dtype) if is_float else array.dtype
+            return array if array.dtype == dtype else array.astype(dtype)
 
         return observation.map(convert)
 

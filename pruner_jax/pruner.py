@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,12 +26,23 @@ class Selection:
 
     Attributes:
         kept: bool [B, N].
-        nonfinite: int [B], scores of valid patches that are not finite. They were not counted as
-            votes; where there are any, the selection means nothing.
+        counts: int [B, P, 2], of each of the P pools that a sample's patches were selected in: how
+            many are kept, and how many scores of valid patches are not finite. Those were not
+            counted as votes; where there are any, the selection means nothing.
     """
 
     kept: Bool[Array, "B N"]
-    nonfinite: Int[Array, "B"]
+    counts: Int[Array, "B P 2"]
+
+    @classmethod
+    def of(cls, kept: Bool[Array, "B N"], nonfinite: Int[Array, "B"]) -> "Selection":
+        """A selection in one pool."""
+        return cls(kept, jnp.stack([kept.sum(axis=-1), nonfinite], axis=-1)[:, None])
+
+    @property
+    def nonfinite(self) -> Int[Array, "B"]:
+        """Scores of a sample that are not finite."""
+        return self.counts[:, :, 1].sum(axis=1)
 
 
 @jax.tree_util.register_dataclass
@@ -82,9 +94,7 @@ def task_queries(
     task_mask: Bool[Array, "B T"],
 ) -> Float[Array, "B N D"]:
     """q = softmax(p·tᵀ/√D)·t over the valid task tokens; 0 where a sample has none."""
-    p, t = rms_normalize(patches), rms_normalize(task)
-    logits = _product("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
-    return _product("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
+    return _queries(rms_normalize(patches), rms_normalize(task), task_mask)
 
 
 def importance_score(
@@ -98,8 +108,9 @@ def importance_score(
     """
     task_mask = all_valid(task) if task_mask is None else task_mask
     width, count = patches.shape[-1], patches.shape[1]
-    queries = rms_normalize(task_queries(patches, task, task_mask))
-    scores = _product("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
+    p = rms_normalize(patches)
+    queries = rms_normalize(_queries(p, rms_normalize(task), task_mask))
+    scores = _product("bnd,bmd->bnm", queries, p) / math.sqrt(width)
     each_its_own = jnp.eye(count, dtype=scores.dtype) * math.sqrt(width)
     return jnp.where(task_mask.any(axis=-1)[:, None, None], scores, each_its_own)
 
@@ -180,16 +191,18 @@ def pack(patches: Float[Array, "B N D"], selection: Selection, capacity: int) ->
         selection: at most `capacity` kept a sample.
         capacity: M, at most N.
     """
-    count = patches.shape[1]
-    place = jnp.arange(count)
-    place_last = jnp.where(selection.kept, place, count + place)
-    index = jnp.argsort(place_last, axis=-1)[:, :capacity]
+    place = jnp.arange(patches.shape[1])
+    order = selection.kept.cumsum(axis=-1)  # of those that are kept, from 1
+    most = order[:, -1:]
+    slot = jnp.where(selection.kept, order - 1, most + place - order)
+    index = jnp.put_along_axis(jnp.zeros_like(slot), slot, place[None], axis=-1, inplace=False)
+    index = index[:, :capacity]
     tokens = jnp.take_along_axis(patches, index[:, :, None], axis=1)
     broken = (selection.nonfinite > 0)[:, None, None]
     return PrunedPatches(
         tokens=jnp.where(broken, jnp.nan, tokens),
         index=index,
-        valid=jnp.take_along_axis(selection.kept, index, axis=1),
+        valid=place[:capacity] < most,
     )
 
 
@@ -325,18 +338,17 @@ class TokenPruner:
 
 
 def most_kept(selection: Selection, limit: int) -> int:
-    """Patches kept in the fullest sample: the one integer read from the device; traced, `limit`.
+    """Patches kept in the fullest sample: the one read from the device; traced, `limit`.
 
     Raises:
         NonFiniteScoresError: the scores were not finite.
     """
     if isinstance(selection.kept, Tracer):
         return limit
-    facts = jnp.stack([selection.kept.sum(axis=-1).max(), selection.nonfinite.sum()])
-    most, nonfinite = facts.tolist()
-    if nonfinite:
+    counts = np.asarray(selection.counts)
+    if nonfinite := int(counts[:, :, 1].sum()):
         raise NonFiniteScoresError(nonfinite, tuple(selection.kept.shape))
-    return most
+    return int(counts[:, :, 0].sum(axis=1).max())
 
 
 def _select(
@@ -351,9 +363,8 @@ def _select(
     seats = elected.clip(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
         seats = keep_tokens[:, None]
-    return Selection(
-        kept=(_rank(ballot) < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
-    )
+    kept = (_rank(ballot) < seats) & patch_mask
+    return Selection.of(kept, _count_nonfinite(scores, patch_mask))
 
 
 def _rank(ballot: Ballot) -> Int[Array, "B N"]:
@@ -393,6 +404,14 @@ def _check_finite(nonfinite: Int[Array, "B"], scores: Float[Array, "B N N"]) -> 
         return
     if count := int(nonfinite.sum()):
         raise NonFiniteScoresError(count, tuple(scores.shape))
+
+
+def _queries(
+    p: Float[Array, "B N D"], t: Float[Array, "B T D"], task_mask: Bool[Array, "B T"]
+) -> Float[Array, "B N D"]:
+    """`task_queries` of what is normalised already."""
+    logits = _product("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
+    return _product("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
 
 
 def _masked_softmax(

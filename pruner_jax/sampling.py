@@ -2,7 +2,7 @@
 
 What the host must know to choose static shapes is settled before anything is computed: which
 cameras are there and how long the prompts are. The implicit selection is the one thing that only
-the device knows; it costs one read of an integer a call, between two compiled functions. A budget
+the device knows; it costs one small read a call, between two compiled functions. A budget
 costs none.
 """
 
@@ -48,6 +48,10 @@ class Stages(Protocol):
         num_steps: int,
     ) -> Float[Array, "B H A"]:
         """Actions, from at most `capacity` patches a sample; None for all as they stand."""
+        ...
+
+    def expected(self, encoded: "Encoded") -> int | None:
+        """The capacity to try before the device has told of it; None for none."""
         ...
 
     # The same in smaller parts, to be measured one by one.
@@ -105,6 +109,9 @@ class PlainStages:
             self._graph, self._weights, encoded, selection, state, noise, capacity, num_steps
         )
 
+    def expected(self, encoded: "Encoded") -> int | None:
+        return None
+
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         return _embed(self._graph, self._weights, observation, plan)
 
@@ -157,14 +164,23 @@ def sample_actions(
     """
     check_actions("noise", noise, observation.batch_size, model.config)
     stages = PlainStages(model) if stages is None else stages
+    if not isinstance(noise, Tracer):
+        model.record.last = None  # so that its memory is there for this call, at the same addresses
     plan = plan_of(observation)
     observation = model.prepare(observation)
     noise = jnp.asarray(noise).astype(observation.state.dtype)
     encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled and not isinstance(noise, Tracer):
         model.record.last = (plan.cameras, encoded, selection)
+    # Most calls keep as many as the last one, within the bucket: no need to wait for the device to
+    # say so. A guess that was wrong is computed again, so that no result depends on the last call.
+    inputs = (encoded, selection, observation.state, noise)
+    guess = stages.expected(encoded) if is_counted(model) else None
+    actions = None if guess is None else stages.act(*inputs, guess, num_steps)
     room = capacity(model, encoded, selection)
-    return stages.act(encoded, selection, observation.state, noise, room, num_steps)
+    if actions is not None and room == guess:
+        return actions
+    return stages.act(*inputs, room, num_steps)
 
 
 def plan_of(observation: Observation) -> EncodingPlan:
@@ -181,6 +197,11 @@ def prune(model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int 
     if capacity is None:
         return model.assemble(encoded)
     return model.prune(encoded, selection, capacity)
+
+
+def is_counted(model: "Pi0") -> bool:
+    """Whether it is the device that knows how many patches are kept."""
+    return model.config.prunes_at_inference and model.config.keep_budget is None
 
 
 def capacity(model: "Pi0", encoded: "Encoded", selection: Selection) -> int | None:

@@ -180,7 +180,7 @@ class JaxModel:
     def prepared(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> Callable[[], jax.Array]:
-        there = self._model.prepare(observation)
+        there = self._model.prepare(observation).map(jnp.asarray)
         noise_there = jnp.asarray(noise, there.state.dtype)
         # The host looks at masks before anything else; on the device it would have to wait.
         there = dataclasses.replace(
@@ -205,7 +205,7 @@ class JaxModel:
     def stages(
         self, observation: Observation, noise: np.ndarray, num_steps: int
     ) -> dict[str, float]:
-        there = self._model.prepare(observation)
+        there = self._model.prepare(observation).map(jnp.asarray)
         return stage_times(
             self._stages,
             there,
@@ -275,7 +275,7 @@ class _ChosenStages(sampling.PlainStages):
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> tuple[Any, Selection]:
         encoded, self.own = super().encode(observation, plan)
-        return encoded, dataclasses.replace(self.own, kept=self._kept)
+        return encoded, Selection.of(self._kept, self.own.nonfinite)
 
 
 create = JaxBackend

@@ -273,7 +273,7 @@ class _ChosenStages(sampling.PlainStages):
 
     def select(self, encoded: Any) -> Selection:
         self.own = super().select(encoded)
-        return dataclasses.replace(self.own, kept=self._kept)
+        return Selection.of(self._kept, self.own.nonfinite)
 
 
 create = TorchBackend

@@ -7,7 +7,7 @@ import dataclasses
 class InferenceSettings:
     """Ways to the same actions; the fast ones apply where the device has them.
 
-    XLA compiles and captures by itself: JAX reads none of these.
+    XLA compiles and captures by itself: of these JAX reads `kernels`.
 
     Attributes:
         graphs: CUDA graphs, captured at the first call of a size and replayed afterwards.

@@ -5,11 +5,13 @@
   it is in every released model.
 - Adapters are merged with their kernels.
 - The times of the denoising steps are known beforehand, and with them all that the adaptive norms
-  are modulated by: a table, in the place of a condition and of 0.1 B parameters.
+  are modulated by: a table, in the place of a condition and of 0.1 B parameters. A norm's shift
+  comes multiplied with the kernel that reads it.
 - The patch embedding's bias and the position embedding are one array.
+- The action expert's kernels lie in memory outputs first, as products of few rows read them.
 
 Scales of norms stay where they are: multiplied into a bfloat16 kernel they would round it once
-more, and the norm multiplies by them at no cost.
+more, and whoever writes a norm's input multiplies by them at no cost.
 
 Dimension letters: N patches, D width, E width of the suffix, F MLP, K heads, G kv heads, L layers,
 T denoising steps.
@@ -43,8 +45,9 @@ class Affine:
 class Norm:
     """What a normalised x is multiplied by, and what is added: [D].
 
-    RMS norms' are in `wide` precision. Layer norms' are as the model stores them, in PyTorch, whose
-    kernel then reads and writes the model's dtype and computes in `wide` precision all the same.
+    RMS norms' are in `wide` precision, a schedule's [T, E]. Layer norms' are as the model stores
+    them, in PyTorch, whose kernel then reads and writes the model's dtype and computes in `wide`
+    precision all the same.
     """
 
     scale: Float[Tensor, "D"]
@@ -75,19 +78,21 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertLayer:
-    """An expert's part of a layer; its norms are None where a schedule has them.
+    """An expert's part of a layer.
 
     Attributes:
+        attention_scale, mlp_scale: of the norms, in `wide` precision, with the one of "one plus
+            scale" in them; None where a schedule has them.
         qkv: [D, (K + 2*G) * head_dim], queries first, then keys, then values.
         out: [K * head_dim, D].
         gate_up: [D, 2*F], the gate first.
         down: [F, D].
     """
 
-    attention_norm: Norm | None
+    attention_scale: Float[Tensor, "D"] | None
     qkv: Float[Tensor, "D outputs"]
     out: Float[Tensor, "inputs D"]
-    mlp_norm: Norm | None
+    mlp_scale: Float[Tensor, "D"] | None
     gate_up: Float[Tensor, "D 2*F"]
     down: Float[Tensor, "F D"]
 
@@ -139,17 +144,17 @@ class Deployed:
 
 @dataclasses.dataclass(frozen=True)
 class Modulation:
-    """What adaptive norms do at each of T times, in `wide` precision but for the gate.
+    """What an adaptive norm does at each of T times, in `wide` precision but for the gate.
 
     Attributes:
-        scale: [T, L, E], with the one of "one plus scale"; [T, E] of a norm that stands alone.
-        shift: the same.
-        gate: the same, in the model's dtype.
+        scale: with the one of "one plus scale".
+        added: the shift times the kernel that reads the norm's result: N outputs.
+        gate: of the residual, in the model's dtype.
     """
 
-    scale: Float[Tensor, "T *L E"]
-    shift: Float[Tensor, "T *L E"]
-    gate: Float[Tensor, "T *L E"]
+    scale: Float[Tensor, "T E"]
+    added: Float[Tensor, "T N"]
+    gate: Float[Tensor, "T E"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +164,16 @@ class Schedule:
     Attributes:
         steps: T.
         step: dt, negative.
-        attention, mlp, final: π0.5's norms; None in π0.
+        attention, mlp: π0.5's norms, a layer each; none in π0.
+        final: π0.5's final norm, [T, E]; None in π0.
         time: [T, E], what the time adds before π0's activation; None in π0.5.
     """
 
     steps: int
     step: float
-    attention: Modulation | None = None
-    mlp: Modulation | None = None
-    final: Modulation | None = None
+    attention: tuple[Modulation, ...] = ()
+    mlp: tuple[Modulation, ...] = ()
+    final: Norm | None = None
     time: Float[Tensor, "T E"] | None = None
 
 
@@ -176,6 +182,7 @@ def deploy(model: "Pi0") -> Deployed:
     """The weights of a model; those that nothing is done to are the model's own arrays."""
     dtype, config = model.dtype, model.config
     high = wide(dtype)
+    final_scale = _rms_scale(model.gemma.action.final_norm, dtype)
     pi0: dict[str, Affine] = {}
     if not config.pi05:
         width = config.action_expert.width
@@ -188,8 +195,8 @@ def deploy(model: "Pi0") -> Deployed:
         vision=_vision(model.vision, dtype),
         embedding=model.gemma.embedder.embedding,
         language=_layers(model.gemma.language, dtype),
-        action=_layers(model.gemma.action, dtype),
-        final_norm=_rms_norm(model.gemma.action.final_norm, dtype),
+        action=tuple(_outputs_first(layer) for layer in _layers(model.gemma.action, dtype)),
+        final_norm=None if final_scale is None else Norm(final_scale),
         action_in=_affine(model.action_in_proj, high),
         action_out=_affine(model.action_out_proj, high),
         **pi0,
@@ -218,11 +225,14 @@ def clock_of(model: "Pi0") -> Clock:
 
 
 @torch.no_grad()
-def schedule(clock: Clock, num_steps: int, dtype: torch.dtype) -> Schedule:
+def schedule(
+    clock: Clock, layers: tuple[ExpertLayer, ...], num_steps: int, dtype: torch.dtype
+) -> Schedule:
     """The denoising steps, computed as the model's own norms compute them.
 
     Args:
         clock: of the model.
+        layers: of the action expert.
         num_steps: T.
         dtype: the model's.
     """
@@ -232,16 +242,13 @@ def schedule(clock: Clock, num_steps: int, dtype: torch.dtype) -> Schedule:
     if clock.second is None or clock.final is None:
         return Schedule(num_steps, step, time=read)
     condition = F.silu(_apply(F.silu(read), clock.second))
-    attention, mlp = (
-        torch.stack([_apply(condition, layer) for layer in layers], dim=1)
-        for layers in (clock.attention, clock.mlp)
-    )
+    scale, shift, _ = _apply(condition, clock.final).chunk(3, dim=-1)
     return Schedule(
         num_steps,
         step,
-        attention=_modulation(attention, dtype),
-        mlp=_modulation(mlp, dtype),
-        final=_modulation(_apply(condition, clock.final), dtype),
+        attention=_modulations(condition, clock.attention, [each.qkv for each in layers], dtype),
+        mlp=_modulations(condition, clock.mlp, [each.gate_up for each in layers], dtype),
+        final=Norm(1 + scale, shift.contiguous()),
     )
 
 
@@ -249,9 +256,19 @@ def _apply(x: Float[Tensor, "T inputs"], affine: Affine) -> Float[Tensor, "T out
     return F.linear(x, affine.kernel.T, affine.bias)
 
 
-def _modulation(values: Float[Tensor, "T *L 3*E"], dtype: torch.dtype) -> Modulation:
-    scale, shift, gate = values.chunk(3, dim=-1)
-    return Modulation((1 + scale).contiguous(), shift.contiguous(), gate.to(dtype).contiguous())
+def _modulations(
+    condition: Float[Tensor, "T E"],
+    norms: tuple[Affine, ...],
+    readers: list[Float[Tensor, "E N"]],
+    dtype: torch.dtype,
+) -> tuple[Modulation, ...]:
+    """Of the norms of all layers, each before the kernel that reads it."""
+    found = []
+    for norm, reader in zip(norms, readers, strict=True):
+        scale, shift, gate = _apply(condition, norm).chunk(3, dim=-1)
+        added = shift @ reader.to(shift.dtype)
+        found.append(Modulation(1 + scale, added, gate.to(dtype).contiguous()))
+    return tuple(found)
 
 
 def _vision(tower: siglip.SigLip, dtype: torch.dtype) -> Vision:
@@ -290,10 +307,10 @@ def _layer(layer: Any, dtype: torch.dtype) -> ExpertLayer:
     attention, mlp = layer.attention, layer.mlp
     query = _merged(attention.query, dtype) * attention.head_dim**-0.5
     return ExpertLayer(
-        attention_norm=_rms_norm(layer.attention_norm, dtype),
+        attention_scale=_rms_scale(layer.attention_norm, dtype),
         qkv=torch.cat([query, _merged(attention.key, dtype), _merged(attention.value, dtype)], -1),
         out=_merged(attention.out, dtype),
-        mlp_norm=_rms_norm(layer.mlp_norm, dtype),
+        mlp_scale=_rms_scale(layer.mlp_norm, dtype),
         gate_up=torch.cat([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], dim=-1),
         down=_merged(mlp.down, dtype),
     )
@@ -315,8 +332,16 @@ def _layer_norm(norm: LayerNorm, dtype: torch.dtype) -> Norm:
     return Norm(norm.scale.to(dtype), norm.bias.to(dtype))
 
 
-def _rms_norm(norm: Any, dtype: torch.dtype) -> Norm | None:
+def _rms_scale(norm: Any, dtype: torch.dtype) -> Float[Tensor, "D"] | None:
     """None of an adaptive norm, which the schedule has."""
     if isinstance(norm, gemma.AdaptiveRMSNorm):
         return None
-    return Norm(1 + norm.scale.to(wide(dtype)))
+    return 1 + norm.scale.to(wide(dtype))
+
+
+def _outputs_first(layer: ExpertLayer) -> ExpertLayer:
+    """The same layer, its kernels transposed in memory."""
+    names = ("qkv", "out", "gate_up", "down")
+    return dataclasses.replace(
+        layer, **{name: getattr(layer, name).T.contiguous().T for name in names}
+    )

@@ -39,7 +39,7 @@ from pruner_torch.deployed import (
     deploy,
     schedule,
 )
-from pruner_torch.gemma import Rotary, rotary, rotate
+from pruner_torch.gemma import Rotary, rotary
 from pruner_torch.graphs import Graphs
 from pruner_torch.layers import LAYER_NORM_EPSILON, attend, gelu, wide
 from pruner_torch.pruner import Selection
@@ -57,17 +57,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys (after RoPE) and values of the prefix; PyTorch's with room for the suffix's.
+    """Keys (after RoPE) and values of the prefix.
 
     Attributes:
-        key, value: one a layer; [B, S, G, head_dim] in JAX, which writes nowhere, and
-            [B, T, G, head_dim] in PyTorch.
+        key, value: one a layer, with room for those of the suffix.
         valid: bool [B, S].
         suffix: RoPE of the H tokens of the suffix.
     """
 
-    key: tuple[Float[Tensor, "B _ G head_dim"], ...]
-    value: tuple[Float[Tensor, "B _ G head_dim"], ...]
+    key: tuple[Float[Tensor, "B T G head_dim"], ...]
+    value: tuple[Float[Tensor, "B T G head_dim"], ...]
     valid: Bool[Tensor, "B S"]
     suffix: Rotary
 
@@ -87,6 +86,7 @@ class Sampler:
         self.settings = InferenceSettings() if settings is None else settings
         self._weights, self._clock = deploy(model), clock_of(model)
         self._schedules: dict[int, Schedule] = {}
+        self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
         # While something is being traced, `kernels` are `kernels_plain`.
         operations = kernels if self.settings.kernels else kernels_plain
         self._ways: Any = {"compiled": self.settings.compiled, "operations": operations}
@@ -150,8 +150,8 @@ class Sampler:
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
 
-        def call(*inputs: Tensor) -> "tuple[Encoded, Selection]":
-            return encode(self.model, self._weights, *inputs, compiled=self.settings.compiled)
+        def call(*inputs: Any) -> "tuple[Encoded, Selection]":
+            return encode(self.model, self._weights, *inputs, **self._ways)
 
         return self._replayed(call, inputs_of(observation, plan), (), ("encode",))
 
@@ -165,6 +165,7 @@ class Sampler:
         num_steps: int,
     ) -> Float[Tensor, "B H A"]:
         """See `sampling.Stages`."""
+        self._rooms[_sizes(encoded)] = capacity
         steps = self._schedule(num_steps)
 
         def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
@@ -176,11 +177,15 @@ class Sampler:
         actions = self._replayed(call, (state, noise), standing, ("act", capacity, num_steps))
         return actions if self._graphs is None else actions.clone()
 
+    def expected(self, encoded: "Encoded") -> int | None:
+        """See `sampling.Stages`."""
+        return self._rooms.get(_sizes(encoded))
+
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
 
-        def call(*inputs: Tensor) -> "Encoded":
-            return embed(self.model, self._weights, *inputs, compiled=self.settings.compiled)
+        def call(*inputs: Any) -> "Encoded":
+            return embed(self.model, self._weights, *inputs, **self._ways)
 
         return self._replayed(call, inputs_of(observation, plan), (), ("embed",))
 
@@ -188,7 +193,7 @@ class Sampler:
         """See `sampling.Stages`."""
 
         def call(*standing: Tensor) -> Selection:
-            return self.model.select(type(encoded)(*standing))
+            return self.model.select(type(encoded)(*standing), self._ways["operations"])
 
         return self._replayed(call, (), _tensors(encoded), ("select",))
 
@@ -197,7 +202,8 @@ class Sampler:
 
         def call(*standing: Tensor) -> "Prefix":
             read, chosen = type(encoded)(*standing[:4]), Selection(*standing[4:])
-            return sampling.prune(self.model, read, chosen, capacity)
+            operations = self._ways["operations"]
+            return sampling.prune(self.model, read, chosen, capacity, operations)
 
         standing = (*_tensors(encoded), *_tensors(selection))
         return self._replayed(call, (), standing, ("prune", capacity))
@@ -246,7 +252,9 @@ class Sampler:
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
-            self._schedules[num_steps] = schedule(self._clock, num_steps, self.model.dtype)
+            self._schedules[num_steps] = schedule(
+                self._clock, self._weights.action, num_steps, self.model.dtype
+            )
         return self._schedules[num_steps]
 
 
@@ -300,6 +308,7 @@ def encode(
     prompt: Int[Tensor, "B L"],
     prompt_mask: Bool[Tensor, "B L"],
     compiled: bool = False,
+    operations: ModuleType = kernels_plain,
 ) -> "tuple[Encoded, Selection]":
     """Tokens, and which of them are kept.
 
@@ -308,9 +317,11 @@ def encode(
         weights: its parameters.
         images, camera_mask, prompt, prompt_mask: see `Pi0.embed`.
         compiled: whether Inductor compiles the layers.
+        operations: `kernels`, or `kernels_plain`.
     """
-    encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask, compiled)
-    return encoded, model.select(encoded)
+    inputs = (images, camera_mask, prompt, prompt_mask)
+    encoded = embed(model, weights, *inputs, compiled, operations)
+    return encoded, model.select(encoded, operations)
 
 
 def embed(
@@ -321,12 +332,14 @@ def embed(
     prompt: Int[Tensor, "B L"],
     prompt_mask: Bool[Tensor, "B L"],
     compiled: bool = False,
+    operations: ModuleType = kernels_plain,
 ) -> "Encoded":
     """`Pi0.embed`, over deployed weights."""
     from pruner_torch.pi0 import Encoded  # here, since pi0 imports this module
 
     variant, dtype = model.config.vision, model.dtype
-    patches = see(weights.vision, images.flatten(0, 1), variant, dtype, compiled)
+    pictures = images.flatten(0, 1)
+    patches = see(weights.vision, pictures, variant, dtype, compiled, operations)
     rows = F.embedding(prompt, weights.embedding).to(dtype)
     root = torch.full((), rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
     return Encoded(
@@ -362,7 +375,7 @@ def act(
         compiled: whether Inductor compiles the layers.
         operations: `kernels`, or `kernels_plain`.
     """
-    prefix = sampling.prune(model, encoded, selection, capacity)
+    prefix = sampling.prune(model, encoded, selection, capacity, operations)
     cache = prefill(model, weights, prefix, compiled, operations)
     return denoise(model, weights, schedule, cache, state, noise, compiled, operations)
 
@@ -373,14 +386,17 @@ def see(
     variant: VisionVariant,
     dtype: torch.dtype,
     compiled: bool = False,
+    operations: ModuleType = kernels_plain,
 ) -> Float[Tensor, "B N D"]:
     """The vision tower: `SigLip.__call__`."""
     pixels = patchify(images.to(wide(dtype)), variant.patch_size)
     x = _affine(pixels, weights.patch_embedding).to(dtype)
     block_of = optimized(_vision_block, compiled)
-    for block in weights.blocks:
-        x = block_of(block, x, variant.num_heads)
-    return _affine(_layer_norm(x, weights.final_norm), weights.head)
+    norms = [*(block.attention_norm for block in weights.blocks), weights.final_norm]
+    normed = _layer_norm(x, norms[0])
+    for block, following in zip(weights.blocks, norms[1:], strict=True):
+        x, normed = block_of(block, following, x, normed, variant.num_heads, operations)
+    return _affine(normed, weights.head)
 
 
 def prefill(
@@ -398,12 +414,14 @@ def prefill(
     room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
     key, value = (tuple(prefix.tokens.new_empty(room) for _ in weights.language) for _ in range(2))
     layer_of = optimized(_prefix_layer, compiled)
-    x, last = prefix.tokens, len(weights.language) - 1
-    for layer, *rooms in zip(weights.language[:last], key, value, strict=False):
-        here = (each[:, :length] for each in rooms)
-        x = layer_of(layer, x, angles, mask, *here, operations)
-    here = key[last][:, :length], value[last][:, :length]
-    _project_keys(weights.language[last], x, angles, *here, operations)
+    scales = [layer.attention_scale for layer in weights.language]
+    rows = operations.scale_rows(prefix.tokens.flatten(0, 1), scales[0])
+    for layer, following, *rooms in zip(weights.language, scales[1:], key, value, strict=False):
+        rows = layer_of(layer, rows, angles, mask, *rooms, following, operations)
+    # Of the last layer nobody reads more than keys and values.
+    outputs = 2 * config.paligemma.num_kv_heads * head_dim
+    kernel, angle = weights.language[-1].qkv[:, -outputs:], _of_tokens(angles)
+    operations.project(rows, kernel, None, *angle, key[-1], value[-1], 0, 0)
     place = torch.arange(config.suffix_length, device=prefix.length.device)
     suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
     return Cache(key, value, prefix.valid, suffix)
@@ -422,142 +440,188 @@ def denoise(
     """Euler steps from the noise at time 1 to the actions at time 0."""
     mask = _suffix_mask(model, cache.valid)
     first = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
-    layer_of, length = optimized(_suffix_layer, compiled), cache.valid.shape[1]
+    layer_of = optimized(_suffix_layer, compiled)
     x = noise
     for step in range(schedule.steps):
-        y = _suffix_tokens(weights, schedule, step, x, first).to(model.dtype)
+        norms = [_norms(layer, schedule, step, i) for i, layer in enumerate(weights.action)]
+        final = _final_norm(weights, schedule, step)
+        following = [*(each.attention_scale for each in norms), final.scale]
+        rows = _suffix_rows(model, weights, schedule, step, x, first, following[0], operations)
         for place, layer in enumerate(weights.action):
-            norms = _norms(layer, schedule, step, place)
             past = cache.key[place], cache.value[place]
-            y = layer_of(layer, norms, y, cache.suffix, mask, *past, length, operations)
-        y = _rms_norm(y, _final_norm(weights, schedule, step), operations)
-        output = y[:, -model.config.action_horizon :].to(wide(model.dtype))
-        x = x + schedule.step * _affine(output, weights.action_out)
+            inputs = (rows, cache.suffix, mask, *past, following[place + 1])
+            rows = layer_of(layer, norms[place], *inputs, operations)
+        kernel, bias = weights.action_out.kernel, weights.action_out.bias
+        x = operations.euler_step(rows, final.scale, final.shift, kernel, bias, x, schedule.step)
     return x
 
 
 @dataclasses.dataclass(frozen=True)
 class _Norms:
-    """Of one layer at one step; a gate is None where the residual is added as it is."""
+    """Of one layer at one step; see `Modulation`. A gate is None where the residual is added as it
+    is, and what is added None where nothing is."""
 
-    attention: Norm
+    attention_scale: Float[Tensor, "E"]
+    attention_added: Float[Tensor, "N"] | None
     attention_gate: Float[Tensor, "E"] | None
-    mlp: Norm
+    mlp_scale: Float[Tensor, "E"]
+    mlp_added: Float[Tensor, "N"] | None
     mlp_gate: Float[Tensor, "E"] | None
 
 
 def _norms(layer: ExpertLayer, schedule: Schedule, step: int, place: int) -> _Norms:
     """A layer's own, or the schedule's."""
-    if layer.attention_norm is not None and layer.mlp_norm is not None:
-        return _Norms(layer.attention_norm, None, layer.mlp_norm, None)
-    assert schedule.attention is not None
-    assert schedule.mlp is not None
-    at = (step, place)
+    if not schedule.attention:
+        return _own_norms(layer)
+    attention, mlp = schedule.attention[place], schedule.mlp[place]
     return _Norms(
-        Norm(schedule.attention.scale[at], schedule.attention.shift[at]),
-        schedule.attention.gate[at],
-        Norm(schedule.mlp.scale[at], schedule.mlp.shift[at]),
-        schedule.mlp.gate[at],
+        *(attention.scale[step], attention.added[step], attention.gate[step]),
+        *(mlp.scale[step], mlp.added[step], mlp.gate[step]),
     )
+
+
+def _own_norms(layer: ExpertLayer) -> _Norms:
+    assert layer.attention_scale is not None
+    assert layer.mlp_scale is not None
+    return _Norms(layer.attention_scale, None, None, layer.mlp_scale, None, None)
 
 
 def _final_norm(weights: Deployed, schedule: Schedule, step: int) -> Norm:
     if schedule.final is not None:
+        assert schedule.final.shift is not None
         return Norm(schedule.final.scale[step], schedule.final.shift[step])
     assert weights.final_norm is not None
     return weights.final_norm
 
 
-def _suffix_tokens(
+def _suffix_rows(
+    model: "Pi0",
     weights: Deployed,
     schedule: Schedule,
     step: int,
     x: Float[Tensor, "B H A"],
     first: Float[Tensor, "B 1 E"] | None,
-) -> Float[Tensor, "B H E"]:
-    """`Pi0.embed_suffix_at`; `first` is π0's state token."""
-    tokens = _affine(x, weights.action_in)
+    scale: Float[Tensor, "E"],
+    operations: ModuleType,
+) -> kernels_plain.Rows:
+    """`Pi0.embed_suffix_at`, as the first norm takes it; `first` is π0's state token."""
+    kernel, bias = weights.action_in.kernel, weights.action_in.bias
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
-        return tokens
+        return operations.embed_actions(x, kernel, bias, scale, model.dtype)
     assert first is not None
-    tokens = F.silu(_affine(tokens, weights.time_in) + schedule.time[step])
-    return torch.cat([first, _affine(tokens, weights.time_out)], dim=1)
+    tokens = F.silu(_affine(_affine(x, weights.action_in), weights.time_in) + schedule.time[step])
+    tokens = torch.cat([first, _affine(tokens, weights.time_out)], dim=1)
+    return operations.scale_rows(tokens.to(model.dtype).flatten(0, 1), scale)
 
 
 def _prefix_layer(
     layer: ExpertLayer,
-    x: Float[Tensor, "B S D"],
+    rows: kernels_plain.Rows,
     angles: Rotary,
     mask: Bool[Tensor, "B 1 S"],
-    key: Float[Tensor, "B S G head_dim"],
-    value: Float[Tensor, "B S G head_dim"],
+    key: Float[Tensor, "B T G head_dim"],
+    value: Float[Tensor, "B T G head_dim"],
+    following: Float[Tensor, "D"],
     operations: ModuleType,
-) -> Float[Tensor, "B S D"]:
-    """A layer of the language model; its keys and values are written into `key` and `value`."""
-    assert layer.attention_norm is not None
-    assert layer.mlp_norm is not None
-    norms = _Norms(layer.attention_norm, None, layer.mlp_norm, None)
-    return _layer(layer, norms, x, angles, mask, (key, value), (key, value), operations)
+) -> kernels_plain.Rows:
+    """A layer of the language model; its keys and values are the first of `key` and `value`."""
+    norms, length = _own_norms(layer), mask.shape[2]
+    return _layer(layer, norms, rows, angles, mask, key, value, 0, length, following, operations)
 
 
 def _suffix_layer(
     layer: ExpertLayer,
     norms: _Norms,
-    x: Float[Tensor, "B H E"],
+    rows: kernels_plain.Rows,
     angles: Rotary,
     mask: Bool[Tensor, "B _ T"],
     key: Float[Tensor, "B T G head_dim"],
     value: Float[Tensor, "B T G head_dim"],
-    length: int,
+    following: Float[Tensor, "E"],
     operations: ModuleType,
-) -> Float[Tensor, "B H E"]:
+) -> kernels_plain.Rows:
     """A layer of the action expert; its keys and values are written behind the prefix's."""
-    new = key[:, length:], value[:, length:]
-    return _layer(layer, norms, x, angles, mask, new, (key, value), operations)
+    room = mask.shape[2]
+    place = room - angles.cos.shape[1]
+    return _layer(layer, norms, rows, angles, mask, key, value, place, room, following, operations)
 
 
 def _layer(
     layer: ExpertLayer,
     norms: _Norms,
-    x: Float[Tensor, "B S D"],
+    rows: kernels_plain.Rows,
     angles: Rotary,
-    mask: Bool[Tensor, "B _ T"],
-    new: tuple[Float[Tensor, "B S G head_dim"], Float[Tensor, "B S G head_dim"]],
-    everything: tuple[Float[Tensor, "B T G head_dim"], Float[Tensor, "B T G head_dim"]],
+    mask: Bool[Tensor, "B _ S"],
+    key: Float[Tensor, "B T G head_dim"],
+    value: Float[Tensor, "B T G head_dim"],
+    place: int,
+    length: int,
+    following: Float[Tensor, "D"],
     operations: ModuleType,
-) -> Float[Tensor, "B S D"]:
+) -> kernels_plain.Rows:
     """A layer of either expert.
 
     Args:
         layer, norms: its weights.
-        x: its input.
+        rows: its input.
         angles: RoPE of its tokens.
         mask: which keys they may attend to.
-        new: where their keys and values are written, a part of `everything`.
-        everything: keys and values that they attend to.
+        key, value: their keys and values are written from `place` on.
+        place: of the first token.
+        length: keys that are there afterwards.
+        following: the scale of the norm that comes after the layer.
         operations: `kernels`, or `kernels_plain`.
     """
-    shape, head_dim = x.shape, everything[0].shape[-1]
-    heads = len(layer.out) // head_dim
-    query = x.new_empty(*shape[:2], heads, head_dim)
-    cos, sin = angles.cos[:, :, 0], angles.sin[:, :, 0]
-    scale, shift = norms.attention.scale, norms.attention.shift
-    operations.normed_rotated(x, scale, shift, layer.qkv, cos, sin, heads, query, *new)
-    attended = _attend(query, *everything, mask, operations).flatten(0, 1)
-    x = x.flatten(0, 1)
-    x = operations.linear_residual(attended, layer.out, x, norms.attention_gate)
-    gated = operations.normed_gated(x, norms.mlp.scale, norms.mlp.shift, layer.gate_up)
-    return operations.linear_residual(gated, layer.down, x, norms.mlp_gate).reshape(shape)
+    head_dim = key.shape[-1]
+    added, heads = norms.attention_added, len(layer.out) // head_dim
+    query, key, value = operations.project(
+        rows, layer.qkv, added, *_of_tokens(angles), key, value, place, heads
+    )
+    attended = _attend(query, key[:, :length], value[:, :length], mask, operations).flatten(0, 1)
+    rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
+    gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
+    return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
+
+
+def _of_tokens(angles: Rotary) -> tuple[Float[Tensor, "B S half"], Float[Tensor, "B S half"]]:
+    """Cosines and sines, without the axis of heads."""
+    return angles.cos[:, :, 0], angles.sin[:, :, 0]
 
 
 def _vision_block(
-    block: VisionBlock, x: Float[Tensor, "B N D"], num_heads: int
-) -> Float[Tensor, "B N D"]:
-    qkv = _affine(_layer_norm(x, block.attention_norm), block.qkv)
+    block: VisionBlock,
+    following: Norm,
+    x: Float[Tensor, "B N D"],
+    normed: Float[Tensor, "B N D"],
+    num_heads: int,
+    operations: ModuleType,
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+    """A block's output, and that through the norm of the block that follows; so are its inputs."""
+    qkv = _affine(normed, block.qkv)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x + _affine(attended, block.out)
-    return x + _affine(gelu(_affine(_layer_norm(x, block.mlp_norm), block.up)), block.down)
+    x, normed = _add_layer_norm(x, _affine(attended, block.out), block.mlp_norm, operations)
+    activated = _gelu_affine(normed, block.up)
+    return _add_layer_norm(x, _affine(activated, block.down), following, operations)
+
+
+def _add_layer_norm(
+    x: Float[Tensor, "B N D"], y: Float[Tensor, "B N D"], norm: Norm, operations: ModuleType
+) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
+    """x + y, and its layer norm."""
+    assert norm.shift is not None
+    return operations.add_layer_norm(x, y, norm.scale, norm.shift, LAYER_NORM_EPSILON)
+
+
+def _gelu_affine(x: Float[Tensor, "B N inputs"], affine: Affine) -> Float[Tensor, "B N outputs"]:
+    """GELU of a product. cuBLASLt has its tanh approximation; on a CPU the operation is exact."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if affine.bias is None or not (x.is_cuda and half) or torch.compiler.is_compiling():
+        return gelu(_affine(x, affine))
+    rows = x.flatten(0, 1)
+    return torch._addmm_activation(affine.bias, rows, affine.kernel, use_gelu=True).view(
+        *x.shape[:2], -1
+    )
 
 
 def _suffix_mask(model: "Pi0", valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "B _ T"]:
@@ -582,30 +646,6 @@ def _layer_norm(x: Float[Tensor, "B N D"], norm: Norm) -> Float[Tensor, "B N D"]
     return F.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
-def _rms_norm(
-    x: Float[Tensor, "B S D"], norm: Norm, operations: ModuleType
-) -> Float[Tensor, "B S D"]:
-    normed = operations.rms_normalize(x.flatten(0, 1), norm.scale, norm.shift)
-    return normed.reshape(x.shape)
-
-
-def _project_keys(
-    layer: ExpertLayer,
-    x: Float[Tensor, "B S D"],
-    angles: Rotary,
-    key: Float[Tensor, "B S G head_dim"],
-    value: Float[Tensor, "B S G head_dim"],
-    operations: ModuleType,
-) -> None:
-    """Of the last layer of the prefix nobody reads more than keys and values."""
-    assert layer.attention_norm is not None
-    normed = _rms_norm(x, layer.attention_norm, operations)
-    outputs = 2 * key.shape[2] * key.shape[3]
-    new_key, new_value = (normed @ layer.qkv[:, -outputs:]).chunk(2, dim=-1)
-    key.copy_(rotate(new_key.reshape(key.shape), angles))
-    value.copy_(new_value.reshape(value.shape))
-
-
 def _attend(
     query: Float[Tensor, "B S K head_dim"],
     key: Float[Tensor, "B T G head_dim"],
@@ -622,6 +662,11 @@ def _attend(
 def _tensors(record: Any) -> tuple[Tensor, ...]:
     """The fields of a dataclass."""
     return tuple(getattr(record, field.name) for field in dataclasses.fields(record))
+
+
+def _sizes(encoded: "Encoded") -> tuple[int, ...]:
+    """On which the shapes of a call depend."""
+    return *encoded.patches.shape[:2], encoded.prompt.shape[1]
 
 
 def _distance(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:

@@ -1,9 +1,6 @@
 """What the functions of `kernels` are given, held against what they take."""
 
-import torch
 from torch import Tensor
-
-FLOAT8 = torch.float8_e4m3fn
 
 
 def check_rows(x: Tensor) -> None:
@@ -29,50 +26,49 @@ def check_halves(name: str, x: Tensor) -> None:
         raise ValueError(f"expected {name} of an even width, got {list(x.shape)}")
 
 
-def check_product(x: Tensor, kernel: Tensor, kernel_scale: Tensor | None) -> None:
+def check_product(x: Tensor, kernel: Tensor) -> None:
     check_rows(x)
     if kernel.ndim != 2 or kernel.shape[0] != x.shape[1]:
         found = list(kernel.shape)
         raise ValueError(f"expected a kernel of {x.shape[1]} inputs, got {found}")
-    if (kernel.dtype == FLOAT8) != (kernel_scale is not None):
-        raise ValueError(f"a scale is for float8 kernels, and they need it; got {kernel.dtype}")
-    if kernel.dtype not in (x.dtype, FLOAT8):
-        raise ValueError(f"expected a kernel in {x.dtype} or {FLOAT8}, got {kernel.dtype}")
-    check_columns("kernel_scale", kernel_scale, kernel.shape[1])
+    if kernel.dtype != x.dtype:
+        raise ValueError(f"expected a kernel in {x.dtype}, got {kernel.dtype}")
 
 
-def check_normed(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    kernel: Tensor,
-    kernel_scale: Tensor | None,
-) -> None:
-    check_product(x, kernel, kernel_scale)
-    check_columns("scale", scale, x.shape[1])
-    check_columns("shift", shift, x.shape[1])
-
-
-def check_rotation(
-    shape: tuple[int, ...],
+def check_projection(
+    rows: int,
+    outputs: int,
     cos: Tensor,
     sin: Tensor,
+    key: Tensor,
+    value: Tensor,
+    place: int,
     num_heads: int,
-    out_query: Tensor,
-    out_key: Tensor,
-    out_value: Tensor,
 ) -> None:
-    batch, length, groups, head_dim = out_key.shape
+    batch, room, groups, head_dim = key.shape
+    length = cos.shape[1]
     expected = {
-        "qkv": (batch, length, (num_heads + 2 * groups) * head_dim),
+        "rows": (batch * length,),
+        "outputs": ((num_heads + 2 * groups) * head_dim,),
         "cos": (batch, length, head_dim // 2),
         "sin": (batch, length, head_dim // 2),
-        "out_query": (batch, length, num_heads, head_dim),
-        "out_value": (batch, length, groups, head_dim),
+        "value": (batch, room, groups, head_dim),
     }
-    found = {"qkv": shape, "cos": cos.shape, "sin": sin.shape}
-    found |= {"out_query": out_query.shape, "out_value": out_value.shape}
+    found = {"rows": (rows,), "outputs": (outputs,), "cos": cos.shape, "sin": sin.shape}
+    found["value"] = value.shape
     for name, sizes in expected.items():
         if tuple(found[name]) != sizes:
             raise ValueError(f"expected {name} of {list(sizes)}, got {list(found[name])}")
-    check_dense(cos, sin, out_query, out_key, out_value)
+    if not 0 <= place <= room - length:
+        raise ValueError(f"expected {length} tokens within room for {room}, got place {place}")
+    check_dense(cos, sin, key, value)
+
+
+def check_actions(x: Tensor, kernel: Tensor, noisy: Tensor) -> None:
+    batch, horizon, actions = noisy.shape
+    if kernel.shape != (x.shape[1], actions):
+        found = list(kernel.shape)
+        raise ValueError(f"expected a kernel of {[x.shape[1], actions]}, got {found}")
+    if len(x) % batch or len(x) // batch < horizon:
+        expected = f"{batch} samples of at least {horizon} tokens"
+        raise ValueError(f"expected rows of {expected}, got {len(x)}")

@@ -3,7 +3,10 @@
 The same names and arguments; the letters and the checks are there.
 """
 
+import dataclasses
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -11,106 +14,70 @@ from pruner_torch import layers
 from pruner_torch.gemma import RMS_EPSILON
 
 
-def rms_normalize(
-    x: Float[Tensor, "R D"],
-    scale: Float[Tensor, "D"] | None,
-    shift: Float[Tensor, "D"] | None,
-) -> Float[Tensor, "R D"]:
-    """`kernels.rms_normalize`."""
-    y = x.to(layers.wide(x.dtype))
-    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + RMS_EPSILON)
-    y = y if scale is None else y * scale
-    y = y if shift is None else y + shift
-    return y.to(x.dtype)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Hidden states on their way to a norm.
+
+    With r = 1 / rms(x), a norm times a kernel is r · ((x · scale) kernel) + shift kernel. Who
+    writes x writes what the product needs beside it; r and the shift's product come after it.
+
+    Attributes:
+        x: of R tokens.
+        scaled: x times the norm's scale.
+        squares: the sum of each row's squares, in P parts; in `wide` precision.
+    """
+
+    x: Float[Tensor, "R D"]
+    scaled: Float[Tensor, "R D"]
+    squares: Float[Tensor, "P R"]
 
 
-def rotate(
-    qkv: Float[Tensor, "B S (K+2*G)*H"],
-    cos: Float[Tensor, "B S H/2"],
-    sin: Float[Tensor, "B S H/2"],
-    num_heads: int,
-    out_query: Float[Tensor, "B S K H"],
-    out_key: Float[Tensor, "B S G H"],
-    out_value: Float[Tensor, "B S G H"],
-) -> None:
-    """`kernels.rotate`."""
-    heads = qkv.unflatten(-1, (-1, out_key.shape[-1]))
-    query, key, value = heads.tensor_split([num_heads, num_heads + out_key.shape[2]], dim=2)
-    for x, out in ((query, out_query), (key, out_key)):
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        c, s = cos[:, :, None], sin[:, :, None]
-        out.copy_(torch.cat([first * c - second * s, second * c + first * s], dim=-1))
-    out_value.copy_(value)
+def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
+    """`kernels.scale_rows`."""
+    wide = x.to(layers.wide(x.dtype))
+    return Rows(x, (wide * scale).to(x.dtype), wide.square().sum(dim=-1)[None])
 
 
-def gelu_product(gate_up: Float[Tensor, "R 2*F"]) -> Float[Tensor, "R F"]:
-    """`kernels.gelu_product`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return layers.gelu(gate) * up
-
-
-def dequantize(
-    kernel: Float[Tensor, "D N"], kernel_scale: Float[Tensor, "N"] | None, dtype: torch.dtype
-) -> Float[Tensor, "D N"]:
-    """A kernel as the products use it."""
-    if kernel_scale is None:
-        return kernel.to(dtype)
-    return (kernel.to(torch.float32) * kernel_scale).to(dtype)
-
-
-def normed_linear(
-    x: Float[Tensor, "R D"],
-    scale: Float[Tensor, "D"] | None,
-    shift: Float[Tensor, "D"] | None,
+def project(
+    rows: Rows,
     kernel: Float[Tensor, "D N"],
-    kernel_scale: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "R N"]:
-    """`kernels.normed_linear`."""
-    return rms_normalize(x, scale, shift) @ dequantize(kernel, kernel_scale, x.dtype)
-
-
-def normed_rotated(
-    x: Float[Tensor, "B S D"],
-    scale: Float[Tensor, "D"] | None,
-    shift: Float[Tensor, "D"] | None,
-    kernel: Float[Tensor, "D outputs"],
-    cos: Float[Tensor, "B S H/2"],
-    sin: Float[Tensor, "B S H/2"],
+    added: Float[Tensor, "N"] | None,
+    cos: Float[Tensor, "B S half"],
+    sin: Float[Tensor, "B S half"],
+    key: Float[Tensor, "B T G H"],
+    value: Float[Tensor, "B T G H"],
+    place: int,
     num_heads: int,
-    out_query: Float[Tensor, "B S K H"],
-    out_key: Float[Tensor, "B S G H"],
-    out_value: Float[Tensor, "B S G H"],
-    kernel_scale: Float[Tensor, "N"] | None = None,
-) -> None:
-    """`kernels.normed_rotated`."""
-    qkv = normed_linear(x.flatten(0, 1), scale, shift, kernel, kernel_scale)
-    qkv = qkv.unflatten(0, x.shape[:2])
-    rotate(qkv, cos, sin, num_heads, out_query, out_key, out_value)
+) -> tuple[Float[Tensor, "B S K H"], Float[Tensor, "B T G H"], Float[Tensor, "B T G H"]]:
+    """`kernels.project`."""
+    batch, length = cos.shape[:2]
+    groups, head_dim = key.shape[2:]
+    heads = _normed(rows, kernel, added).reshape(batch, length, -1, head_dim)
+    query, new_key, new_value = heads.split([num_heads, groups, groups], dim=2)
+    key[:, place : place + length] = _turned(new_key, cos, sin)
+    value[:, place : place + length] = new_value
+    return _turned(query, cos, sin).to(key.dtype), key, value
 
 
-def normed_gated(
-    x: Float[Tensor, "R D"],
-    scale: Float[Tensor, "D"] | None,
-    shift: Float[Tensor, "D"] | None,
-    gate_up: Float[Tensor, "D 2*F"],
-    kernel_scale: Float[Tensor, "2*F"] | None = None,
+def gated(
+    rows: Rows, gate_up: Float[Tensor, "D 2*F"], added: Float[Tensor, "2*F"] | None
 ) -> Float[Tensor, "R F"]:
-    """`kernels.normed_gated`."""
-    return gelu_product(normed_linear(x, scale, shift, gate_up, kernel_scale))
+    """`kernels.gated`."""
+    gate, up = _normed(rows, gate_up, added).chunk(2, dim=-1)
+    return (layers.gelu(gate) * up).to(rows.x.dtype)
 
 
-def linear_residual(
-    x: Float[Tensor, "R D"],
-    kernel: Float[Tensor, "D N"],
-    residual: Float[Tensor, "R N"],
-    gate: Float[Tensor, "N"] | None,
-    kernel_scale: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "R N"]:
-    """`kernels.linear_residual`."""
-    kernel = dequantize(kernel, kernel_scale, x.dtype)
-    if gate is None:
-        return torch.addmm(residual, x, kernel)
-    return torch.addcmul(residual, x @ kernel, gate.to(x.dtype))
+def merge(
+    x: Float[Tensor, "R F"],
+    kernel: Float[Tensor, "F D"],
+    residual: Float[Tensor, "R D"],
+    gate: Float[Tensor, "D"] | None,
+    scale: Float[Tensor, "D"],
+) -> Rows:
+    """`kernels.merge`."""
+    product = (x @ kernel).to(layers.wide(x.dtype))
+    product = product if gate is None else product * gate
+    return scale_rows((residual + product).to(residual.dtype), scale)
 
 
 def attend(
@@ -124,3 +91,68 @@ def attend(
     if key_mask is not None:
         mask = key_mask[:, None].expand(-1, query.shape[1], -1)
     return layers.attend(query, key, value, mask)
+
+
+def embed_actions(
+    noisy: Float[Tensor, "B H A"],
+    kernel: Float[Tensor, "A E"],
+    bias: Float[Tensor, "E"],
+    scale: Float[Tensor, "E"],
+    dtype: torch.dtype,
+) -> Rows:
+    """`kernels.embed_actions`."""
+    return scale_rows(torch.addmm(bias, noisy.flatten(0, 1), kernel).to(dtype), scale)
+
+
+def euler_step(
+    rows: Rows,
+    scale: Float[Tensor, "E"],
+    shift: Float[Tensor, "E"] | None,
+    kernel: Float[Tensor, "E A"],
+    bias: Float[Tensor, "A"],
+    noisy: Float[Tensor, "B H A"],
+    step: float,
+) -> Float[Tensor, "B H A"]:
+    """`kernels.euler_step`."""
+    wide = layers.wide(rows.x.dtype)
+    normed = rows.x.to(wide) * _factor(rows) * scale
+    normed = normed if shift is None else normed + shift
+    actions = normed.to(rows.x.dtype).reshape(len(noisy), -1, len(kernel))[:, -noisy.shape[1] :]
+    return noisy + step * (actions.to(wide) @ kernel + bias)
+
+
+def add_layer_norm(
+    x: Float[Tensor, "*batch D"],
+    y: Float[Tensor, "*batch D"],
+    scale: Float[Tensor, "D"],
+    shift: Float[Tensor, "D"],
+    epsilon: float,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """`kernels.add_layer_norm`."""
+    total = x + y
+    return total, F.layer_norm(total, scale.shape, scale, shift, epsilon)
+
+
+def _factor(rows: Rows) -> Float[Tensor, "R 1"]:
+    """1 / rms."""
+    mean = rows.squares.sum(dim=0)[:, None] / rows.x.shape[1]
+    return torch.rsqrt(mean + RMS_EPSILON)
+
+
+def _normed(
+    rows: Rows, kernel: Float[Tensor, "D N"], added: Float[Tensor, "N"] | None
+) -> Float[Tensor, "R N"]:
+    """The norm's product with a kernel, in `wide` precision."""
+    product = (rows.scaled @ kernel).to(rows.squares.dtype) * _factor(rows)
+    return product if added is None else product + added
+
+
+def _turned(
+    x: Float[Tensor, "B S K H"],
+    cos: Float[Tensor, "B S half"],
+    sin: Float[Tensor, "B S half"],
+) -> Float[Tensor, "B S K H"]:
+    """RoPE over the halves of a head, in x's precision, which is `wide`."""
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos[:, :, None], sin[:, :, None]
+    return torch.cat([first * c - second * s, second * c + first * s], dim=-1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pruner_torch import kernels_plain
 from pruner_torch.diagnostics import diagnose
 from pruner_torch.pruner import PrunedPatches
 from pruner_torch.recomputation import optimized
@@ -77,7 +78,7 @@ def _pruning(model: "Pi0", encoded: "Encoded", pruned: PrunedPatches) -> Pruning
     }
     return Pruning(
         patches=encoded.camera_mask.sum(dim=-1) * patches,
-        kept=model.select(encoded).kept.sum(dim=-1),
+        kept=model.select(encoded, kernels_plain).kept.sum(dim=-1),
         noisy_kept=_different(pruned),
         task_length=encoded.prompt_mask.sum(dim=-1),
         pools=pools[3].any(dim=-1).reshape(batch, -1),

@@ -17,7 +17,7 @@ from pruner_spec.config import CAMERAS, Pi0Config
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_table
-from pruner_torch import checkpoint, inference, sampling
+from pruner_torch import checkpoint, inference, kernels_plain, sampling
 from pruner_torch.layers import wide
 from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
@@ -168,10 +168,10 @@ class PI0Pytorch(nn.Module):
         if self.training:
             noise = self._draw_pruner_noise(*encoded.camera_mask.shape)
             return self.pi0.assemble(encoded, self.pi0.relax(encoded, noise))
-        selection = self.pi0.select(encoded)
+        selection = self.pi0.select(encoded, kernels_plain)
         self.last_kept_per_sample = selection.kept.sum(dim=-1)
         capacity = sampling.capacity(self.pi0, encoded, selection)
-        return sampling.prune(self.pi0, encoded, selection, capacity)
+        return sampling.prune(self.pi0, encoded, selection, capacity, kernels_plain)
 
     def _draw_pruner_noise(self, batch: int, cameras: int) -> Float[Tensor, "*pools N N"] | None:
         scale = self.pi0.token_pruner_noise_scale

@@ -11,6 +11,7 @@ A action dim, D width of the prefix, E width of the suffix.
 import dataclasses
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from pruner_spec.observation import Observation, check_actions
 from pruner_spec.parameters import initial_parameters
 from pruner_spec.stats import PrunerRecord
 from pruner_spec.training import GradientCheckpointing
-from pruner_torch import checkpoint, sampling
+from pruner_torch import checkpoint, kernels, kernels_plain, sampling
 from pruner_torch.gemma import Gemma, KVCache
 from pruner_torch.layers import Linear, constant, wide
 from pruner_torch.pruner import ImageTokenPruner, PrunedPatches, Selection, pack
@@ -207,30 +208,28 @@ class Pi0(nn.Module):
         """
         batch, cameras, patches = encoded.patches.shape[:3]
         if self.config.token_prune_scope == "joint":
-            patch_mask = encoded.camera_mask.repeat_interleave(patches, dim=1)
+            patch_mask = _each(encoded.camera_mask, patches)
             return encoded.patches.flatten(1, 2), encoded.prompt, encoded.prompt_mask, patch_mask
         return (
             encoded.patches.flatten(0, 1),
-            encoded.prompt.repeat_interleave(cameras, dim=0),
-            encoded.prompt_mask.repeat_interleave(cameras, dim=0),
+            encoded.prompt[:, None].expand(-1, cameras, -1, -1).flatten(0, 1),
+            encoded.prompt_mask[:, None].expand(-1, cameras, -1).flatten(0, 1),
             encoded.camera_mask.reshape(batch * cameras, 1).expand(-1, patches),
         )
 
-    def select(self, encoded: Encoded) -> Selection:
+    def select(self, encoded: Encoded, operations: ModuleType = kernels) -> Selection:
         """The patches kept at inference, over all cameras: `kept` is bool [B, C*N]."""
         batch, _, patches = encoded.patches.shape[:3]
         if not self.config.prunes_at_inference:
-            everything = encoded.camera_mask.repeat_interleave(patches, dim=1)
-            return Selection(
-                kept=everything, nonfinite=everything.new_zeros(batch, dtype=torch.int64)
-            )
+            everything = _each(encoded.camera_mask, patches)
+            return Selection.of(everything, everything.new_zeros(batch, dtype=torch.int64))
         budget = None
         if self.config.token_prune_scope == "joint" and self.config.keep_budget is not None:
             budget = self.config.keep_budget * encoded.camera_mask.sum(dim=-1)
-        selection = self.pruner.select(*self.pools(encoded), budget=budget)
+        pools = self.pools(encoded)
+        selection = self.pruner.select(*pools, budget=budget, operations=operations)
         return Selection(
-            kept=selection.kept.reshape(batch, -1),
-            nonfinite=selection.nonfinite.reshape(batch, -1).sum(dim=-1),
+            kept=selection.kept.reshape(batch, -1), counts=selection.counts.reshape(batch, -1, 2)
         )
 
     def relax(
@@ -260,7 +259,7 @@ class Pi0(nn.Module):
     def assemble(self, encoded: Encoded, pruned: PrunedPatches | None = None) -> Prefix:
         """The prefix of the pruned patches, or of all, and the prompt."""
         patches = encoded.patches.flatten(1, 2)
-        patch_mask = encoded.camera_mask.repeat_interleave(encoded.patches.shape[2], dim=1)
+        patch_mask = _each(encoded.camera_mask, encoded.patches.shape[2])
         valid = torch.cat([patch_mask, encoded.prompt_mask], dim=1)
         positions = sequence.positions(valid)
         length = valid.sum(dim=-1)
@@ -276,9 +275,26 @@ class Pi0(nn.Module):
             length=length,
         )
 
-    def prune(self, encoded: Encoded, selection: Selection, capacity: int) -> Prefix:
+    def prune(
+        self,
+        encoded: Encoded,
+        selection: Selection,
+        capacity: int,
+        operations: ModuleType = kernels,
+    ) -> Prefix:
         """The prefix of the selected patches, packed to `capacity`, and the prompt."""
-        return self.assemble(encoded, pack(encoded.patches.flatten(1, 2), selection, capacity))
+        patches = encoded.patches
+        if operations is kernels and not patches.requires_grad and kernels.available(patches):
+            from pruner_torch import kernels_pruner
+
+            masks = encoded.camera_mask, encoded.prompt_mask
+            chosen = selection.kept, selection.counts
+            with torch.cuda.device_of(patches):
+                packed = kernels_pruner.pack_prefix(
+                    patches, encoded.prompt, *masks, *chosen, capacity
+                )
+            return Prefix(*packed)
+        return self.assemble(encoded, pack(patches.flatten(1, 2), selection, capacity))
 
     def embed_prefix(
         self,
@@ -312,7 +328,8 @@ class Pi0(nn.Module):
         cameras, patches = encoded.patches.shape[1:3]
         budget = self.config.keep_budget
         capacity = cameras * (patches if budget is None else budget)
-        return pack(encoded.patches.flatten(1, 2), self.select(encoded), capacity)
+        selection = self.select(encoded, kernels_plain)
+        return pack(encoded.patches.flatten(1, 2), selection, capacity)
 
     def embed_suffix(
         self,
@@ -476,3 +493,8 @@ class Pi0(nn.Module):
 
     def _velocity(self, output: Float[Tensor, "B H E"]) -> Float[Tensor, "B H A"]:
         return self.action_out_proj(output[:, -self.config.action_horizon :].to(wide(self.dtype)))
+
+
+def _each(mask: Bool[Tensor, "B C"], times: int) -> Bool[Tensor, "B C*N"]:
+    """Every entry so many times in a row; `repeat_interleave` asks for more launches."""
+    return mask[:, :, None].expand(-1, -1, times).flatten(1)

@@ -8,12 +8,14 @@ Dimension letters: B batch, N patches, M patches after pruning, T task tokens, D
 
 import dataclasses
 import math
+from types import ModuleType
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pruner_spec.pruner import RMS_EPSILON, NonFiniteScoresError
+from pruner_torch import kernels, kernels_plain
 from pruner_torch.layers import wide
 
 
@@ -23,12 +25,23 @@ class Selection:
 
     Attributes:
         kept: bool [B, N].
-        nonfinite: int [B], scores of valid patches that are not finite. They were not counted as
-            votes; where there are any, the selection means nothing.
+        counts: int [B, P, 2], of each of the P pools that a sample's patches were selected in: how
+            many are kept, and how many scores of valid patches are not finite. Those were not
+            counted as votes; where there are any, the selection means nothing.
     """
 
     kept: Bool[Tensor, "B N"]
-    nonfinite: Int[Tensor, "B"]
+    counts: Int[Tensor, "B P 2"]
+
+    @classmethod
+    def of(cls, kept: Bool[Tensor, "B N"], nonfinite: Int[Tensor, "B"]) -> "Selection":
+        """A selection in one pool."""
+        return cls(kept, torch.stack([kept.sum(dim=-1), nonfinite], dim=-1)[:, None])
+
+    @property
+    def nonfinite(self) -> Int[Tensor, "B"]:
+        """Scores of a sample that are not finite."""
+        return self.counts[:, :, 1].sum(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +91,7 @@ def task_queries(
     task_mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "B N D"]:
     """q = softmax(p·tᵀ/√D)·t over the valid task tokens; 0 where a sample has none."""
-    p, t = rms_normalize(patches), rms_normalize(task)
-    logits = torch.einsum("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
-    return torch.einsum("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
+    return _queries(rms_normalize(patches), rms_normalize(task), task_mask)
 
 
 def importance_score(
@@ -94,8 +105,9 @@ def importance_score(
     """
     task_mask = all_valid(task) if task_mask is None else task_mask
     width, count = patches.shape[-1], patches.shape[1]
-    queries = rms_normalize(task_queries(patches, task, task_mask))
-    scores = torch.einsum("bnd,bmd->bnm", queries, rms_normalize(patches)) / math.sqrt(width)
+    p = rms_normalize(patches)
+    queries = rms_normalize(_queries(p, rms_normalize(task), task_mask))
+    scores = torch.einsum("bnd,bmd->bnm", queries, p) / math.sqrt(width)
     each_its_own = torch.eye(count, dtype=scores.dtype, device=scores.device) * math.sqrt(width)
     return torch.where(task_mask.any(dim=-1)[:, None, None], scores, each_its_own)
 
@@ -175,16 +187,17 @@ def pack(patches: Float[Tensor, "B N D"], selection: Selection, capacity: int) -
         selection: at most `capacity` kept a sample.
         capacity: M, at most N.
     """
-    count = patches.shape[1]
-    place = torch.arange(count, device=patches.device)
-    place_last = torch.where(selection.kept, place, count + place)
-    index = place_last.argsort(dim=-1)[:, :capacity]
+    place = torch.arange(patches.shape[1], device=patches.device)
+    order = selection.kept.cumsum(dim=-1)  # of those that are kept, from 1
+    most = order[:, -1:]
+    slot = torch.where(selection.kept, order - 1, most + place - order)
+    index = torch.empty_like(slot).scatter_(-1, slot, place.expand_as(slot))[:, :capacity]
     tokens = torch.take_along_dim(patches, index[:, :, None], dim=1)
     broken = (selection.nonfinite > 0)[:, None, None]
     return PrunedPatches(
         tokens=torch.where(broken, torch.nan, tokens),
         index=index,
-        valid=torch.take_along_dim(selection.kept, index, dim=1),
+        valid=place[:capacity] < most,
     )
 
 
@@ -234,10 +247,21 @@ class ImageTokenPruner:
         task_mask: Bool[Tensor, "B T"] | None = None,
         patch_mask: Bool[Tensor, "B N"] | None = None,
         budget: Int[Tensor, "B"] | None = None,
+        operations: ModuleType = kernels_plain,
     ) -> Selection:
         """The hard selection; `budget` a sample takes the place of `keep_tokens`."""
-        scores = importance_score(patches, task, task_mask)
         keep_tokens = self.keep_tokens if budget is None else budget
+        if operations is kernels and kernels.available(patches):
+            from pruner_torch import kernels_pruner
+
+            task_mask = all_valid(task) if task_mask is None else task_mask
+            patch_mask = all_valid(patches) if patch_mask is None else patch_mask
+            if 0 < task.shape[1] <= kernels_pruner.MAX_TASK:
+                with torch.cuda.device_of(patches):
+                    scores = kernels_pruner.importance_score(patches, task, task_mask)
+                    found = kernels_pruner.elect(scores, patch_mask, keep_tokens, self.min_keep)
+                return Selection(*found)
+        scores = importance_score(patches, task, task_mask)
         return _select(scores, patch_mask, keep_tokens, self.min_keep)
 
     def relax(
@@ -318,18 +342,17 @@ class TokenPruner:
 
 
 def most_kept(selection: Selection, limit: int) -> int:
-    """Patches kept in the fullest sample: the one integer read from the device; traced, `limit`.
+    """Patches kept in the fullest sample: the one read from the device; traced, `limit`.
 
     Raises:
         NonFiniteScoresError: the scores were not finite.
     """
     if torch.compiler.is_compiling():
         return limit
-    facts = torch.stack([selection.kept.sum(dim=-1).max(), selection.nonfinite.sum()])
-    most, nonfinite = facts.tolist()
-    if nonfinite:
+    counts = selection.counts.cpu().numpy()
+    if nonfinite := int(counts[:, :, 1].sum()):
         raise NonFiniteScoresError(nonfinite, tuple(selection.kept.shape))
-    return most
+    return int(counts[:, :, 0].sum(axis=1).max())
 
 
 def _select(
@@ -344,9 +367,8 @@ def _select(
     seats = elected.clamp(min=min_keep) if keep_tokens is None else keep_tokens
     if not isinstance(keep_tokens, int | None):
         seats = keep_tokens[:, None]
-    return Selection(
-        kept=(_rank(ballot) < seats) & patch_mask, nonfinite=_count_nonfinite(scores, patch_mask)
-    )
+    kept = (_rank(ballot) < seats) & patch_mask
+    return Selection.of(kept, _count_nonfinite(scores, patch_mask))
 
 
 def _rank(ballot: Ballot) -> Int[Tensor, "B N"]:
@@ -387,6 +409,14 @@ def _check_finite(nonfinite: Int[Tensor, "B"], scores: Float[Tensor, "B N N"]) -
         return
     if count := int(nonfinite.sum()):
         raise NonFiniteScoresError(count, tuple(scores.shape))
+
+
+def _queries(
+    p: Float[Tensor, "B N D"], t: Float[Tensor, "B T D"], task_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B N D"]:
+    """`task_queries` of what is normalised already."""
+    logits = torch.einsum("bnd,btd->bnt", p, t) / math.sqrt(p.shape[-1])
+    return torch.einsum("bnt,btd->bnd", _masked_softmax(logits, task_mask[:, None, :]), t)
 
 
 def _masked_softmax(

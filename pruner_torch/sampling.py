@@ -2,12 +2,14 @@
 
 What the host must know to choose static shapes is settled before anything is computed: which
 cameras are there and how long the prompts are. The implicit selection is the one thing that only
-the device knows; it costs one read of an integer a call. A budget costs none.
+the device knows; it costs one small read a call. A budget costs none.
 """
 
 import dataclasses
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,7 @@ from pruner_spec.config import CAMERAS
 from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
 from pruner_spec.stats import kept_counts
+from pruner_torch import kernels, kernels_plain
 from pruner_torch.diagnostics import diagnose
 from pruner_torch.gemma import KVCache
 from pruner_torch.layers import constant
@@ -43,6 +46,10 @@ class Stages(Protocol):
         num_steps: int,
     ) -> Float[Tensor, "B H A"]:
         """Actions, from at most `capacity` patches a sample; None for all as they stand."""
+        ...
+
+    def expected(self, encoded: "Encoded") -> int | None:
+        """The capacity to try before the device has told of it; None for none."""
         ...
 
     # The same in smaller parts, to be measured one by one.
@@ -97,14 +104,17 @@ class PlainStages:
         prefix = self.prune(encoded, selection, capacity)
         return self.denoise(prefix, self.prefill(prefix), state, noise, num_steps)
 
+    def expected(self, encoded: "Encoded") -> int | None:
+        return None
+
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         return self._model.encode(observation, plan.cameras, plan.prompt_length)
 
     def select(self, encoded: "Encoded") -> Selection:
-        return self._model.select(encoded)
+        return self._model.select(encoded, kernels_plain)
 
     def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
-        return prune(self._model, encoded, selection, capacity)
+        return prune(self._model, encoded, selection, capacity, kernels_plain)
 
     def prefill(self, prefix: "Prefix") -> KVCache:
         return self._model.prefill(prefix)
@@ -153,25 +163,46 @@ def sample_actions(
     encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled:
         model.record.last = (plan.cameras, encoded, selection)
+    # Most calls keep as many as the last one, within the bucket: no need to wait for the device to
+    # say so. A guess that was wrong is computed again, so that no result depends on the last call.
+    inputs = (encoded, selection, observation.state, noise)
+    guess = stages.expected(encoded) if is_counted(model) else None
+    actions = None if guess is None else stages.act(*inputs, guess, num_steps)
     room = capacity(model, encoded, selection)
-    return stages.act(encoded, selection, observation.state, noise, room, num_steps)
+    if actions is not None and room == guess:
+        return actions
+    return stages.act(*inputs, room, num_steps)
 
 
 def plan_of(observation: Observation) -> EncodingPlan:
     """Which cameras and how much of the prompt to encode; when traced, all."""
     if torch.compiler.is_compiling():
         return EncodingPlan(CAMERAS, observation.tokenized_prompt.shape[1])
-    masks = [torch.as_tensor(observation.image_masks[camera]) for camera in CAMERAS]
-    prompt_mask = torch.as_tensor(observation.tokenized_prompt_mask)
-    both = torch.cat([torch.stack(masks, dim=1), prompt_mask], dim=1).cpu().numpy()
+    masks = [*(observation.image_masks[camera][:, None] for camera in CAMERAS)]
+    masks.append(observation.tokenized_prompt_mask)
+    if all(isinstance(mask, np.ndarray) for mask in masks):
+        both = np.concatenate(masks, axis=1)
+    else:  # one transfer
+        both = torch.cat([torch.as_tensor(mask) for mask in masks], dim=1).cpu().numpy()
     return plan_encoding(both[:, : len(CAMERAS)], both[:, len(CAMERAS) :])
 
 
-def prune(model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+def prune(
+    model: "Pi0",
+    encoded: "Encoded",
+    selection: Selection,
+    capacity: int | None,
+    operations: ModuleType = kernels,
+) -> "Prefix":
     """The prefix at inference, packed to `capacity`; None where the config does not prune."""
     if capacity is None:
         return model.assemble(encoded)
-    return model.prune(encoded, selection, capacity)
+    return model.prune(encoded, selection, capacity, operations)
+
+
+def is_counted(model: "Pi0") -> bool:
+    """Whether it is the device that knows how many patches are kept."""
+    return model.config.prunes_at_inference and model.config.keep_budget is None
 
 
 def capacity(model: "Pi0", encoded: "Encoded", selection: Selection) -> int | None:

@@ -1,0 +1,259 @@
+"""What JAX's launches of `pruner_triton` compute, held against `kernels_plain` in float64.
+
+Run as a program, it tries every case and prints what it found as JSON. Where there is no GPU,
+Triton interprets: in a process of its own, since it is told so before it is imported. A launch is
+then a callback, in compiled functions too.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from parity_tests.cases import tiny_config
+from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
+from pruner_jax import kernels, kernels_launch, kernels_plain, triton_call
+from pruner_jax.inference import Sampler
+from pruner_jax.kernels_plain import OfStep, Rows
+from pruner_spec.config import GemmaVariant
+from pruner_spec.inference import InferenceSettings
+
+FULL = DEVICE == "cuda"
+DTYPES = ("float32", "bfloat16")
+STEPS, STEP = 3, 1  # the step that a launch is at
+EPSILON = 1e-6
+Row = dict[str, Any]
+
+
+def interpreted(
+    kernel: Any,
+    arguments: Mapping[str, Any],
+    *,
+    grid: Sequence[int],
+    aliases: Mapping[str, Any] | None = None,
+    **_: int,
+) -> tuple[Any, ...]:
+    """`triton_call`, by Triton's interpreter; what a kernel has not written is NaN."""
+    aliases = aliases or {}
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, jax.Array)}
+    arrays |= aliases
+    specs = {
+        name: value for name, value in arguments.items() if isinstance(value, jax.ShapeDtypeStruct)
+    } | {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in aliases.items()}
+    written = [name for name in kernel.arg_names if name in specs]
+
+    def run(*values: Any) -> list[np.ndarray]:
+        given = {name: tensor(value) for name, value in zip(arrays, values, strict=True)}
+        for name in specs.keys() - aliases.keys():
+            empty = np.full(specs[name].shape, np.nan, np.float32)
+            given[name] = tensor(empty).to(getattr(torch, specs[name].dtype.name))
+        kernel[(*grid, 1, 1)[:3]](**arguments | given)
+        assert not given.get("counters", torch.zeros(1)).any()
+        return [BACKENDS["torch"].numpy(given[name]) for name in written]
+
+    return tuple(jax.pure_callback(run, [specs[name] for name in written], *arrays.values()))
+
+
+def tensor(value: Any) -> torch.Tensor:
+    """A copy."""
+    value = np.array(value)
+    if value.dtype == jnp.bfloat16:
+        return torch.from_numpy(value.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(value)
+
+
+class Draw:
+    """Random arrays, rounded to a dtype; and the same in float64."""
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype, self.generator = jnp.dtype(dtype), np.random.default_rng(7)
+
+    def __call__(self, *shape: int, wide: bool = False) -> jax.Array:
+        values = self.generator.standard_normal(shape)
+        return jnp.asarray(values, dtype=jnp.float32 if wide else self.dtype)
+
+    def vector(self, size: int, tabled: bool, *, wide: bool = True) -> Any:
+        """Of all steps, or one of a table."""
+        if not tabled:
+            return self(size, wide=wide)
+        return OfStep(self(STEPS, size, wide=wide), jnp.int32(STEP))
+
+    def rows(self, count: int, width: int, tabled: bool) -> Rows:
+        rows = kernels_plain.scale_rows(self(count, width), self.vector(width, tabled))
+        squares = rows.squares * jnp.asarray([[0.25], [0.5], [0.25]])  # in parts
+        return Rows(rows.x, rows.scaled, squares)
+
+    def kernel(self, inputs: int, outputs: int) -> jax.Array:
+        """Not yet transposed."""
+        return self(outputs, inputs) / np.sqrt(inputs).astype(self.dtype)
+
+
+def double(tree: Any) -> Any:
+    """Every float in float64."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def apart(function: str, arrays: tuple[Any, ...], *rest: Any) -> float:
+    """The largest error of a function's results; the first kernel in `arrays` is transposed."""
+
+    def call(way: Any) -> Any:
+        def compute(*arrays: Any) -> Any:
+            result = getattr(way, function)(*arrays, *rest)
+            if isinstance(result, Rows):  # whose parts are each way's own
+                return [result.x, result.scaled, result.squares.sum(axis=0)]
+            return jax.tree.leaves(result)
+
+        return jax.jit(compute)
+
+    with jax.enable_x64(True):
+        expected = call(kernels_plain)(*double(arrays))
+    found = call(kernels)(*arrays)
+    pairs = zip(found, expected, strict=True)
+    return max(error(np.asarray(x).astype(np.float64), np.asarray(y)) for x, y in pairs)
+
+
+def products() -> Iterator[Row]:
+    """One sample and several, with tables and without, parts that are shared and that are not."""
+    for dtype in DTYPES:
+        for batch, length, width, tabled in (
+            (1, 5, 64, True),
+            (3, 7, 72, False),
+            (1, 50, 512, True),
+        ):
+            draw, count = Draw(dtype), batch * length
+            heads, groups, head_dim, room, place = 3, 2, 32, length + 4, 3
+            rows, gate = draw.rows(count, width, tabled), None
+            added = draw.vector((heads + 2 * groups) * head_dim, tabled)
+            angles = (draw(batch, length, head_dim // 2, wide=True) for _ in range(2))
+            cache = (draw(batch, room, groups, head_dim) for _ in range(2))
+            stored = draw.kernel(width, (heads + 2 * groups) * head_dim)
+            yield {
+                "case": f"project {count} x {width}",
+                "dtype": dtype,
+                "error": apart("project", (rows, stored.T, added, *angles, *cache), place, heads),
+            }
+            stored, added = draw.kernel(width, 2 * 24), draw.vector(2 * 24, tabled)
+            yield {
+                "case": f"gated {count} x {width}",
+                "dtype": dtype,
+                "error": apart("gated", (rows, stored.T, None if width == 72 else added)),
+            }
+            gate = draw.vector(80, tabled, wide=False) if width != 72 else None
+            stored, scale = draw.kernel(width, 80), draw.vector(80, tabled)
+            yield {
+                "case": f"merge {count} x {width}",
+                "dtype": dtype,
+                "error": apart(
+                    "merge", (draw(count, width), stored.T, draw(count, 80), gate, scale)
+                ),
+            }
+
+
+def attention() -> Iterator[Row]:
+    """To all keys, and to as many as the mask has; by programs that share keys, and that do not."""
+    for dtype in DTYPES:
+        for batch, length, keys, room in ((1, 5, 200, 203), (2, 40, 70, 70), (3, 5, 33, 40)):
+            draw = Draw(dtype)
+            query, key, value = (
+                draw(batch, length, 4, 32),
+                *(draw(batch, room, 1, 32) for _ in "kv"),
+            )
+            mask = jnp.asarray(draw.generator.random((batch, keys)) < 0.7)
+            for name, given in (("masked", mask), ("all", None)):
+                yield {
+                    "case": f"{name}, {batch} x {length} x {keys}",
+                    "dtype": dtype,
+                    "error": apart("attend", (query, key, value, given)),
+                }
+
+
+def ends() -> Iterator[Row]:
+    """Embedding of actions, and Euler steps of samples with a token before their actions."""
+    for dtype in DTYPES:
+        for tabled in (True, False):
+            draw, (batch, horizon, actions, width) = Draw(dtype), (2, 5, 7, 72)
+            noisy, scale = draw(batch, horizon, actions, wide=True), draw.vector(width, tabled)
+            inwards = draw(actions, width, wide=True), draw(width, wide=True)
+            yield {
+                "case": f"embed_actions, {tabled}",
+                "dtype": dtype,
+                "error": apart("embed_actions", (noisy, *inwards, scale), draw.dtype),
+            }
+            rows = draw.rows(batch * (horizon + 1), width, tabled)
+            shift = draw.vector(width, tabled) if tabled else None
+            outwards = draw(width, actions, wide=True), draw(actions, wide=True)
+            yield {
+                "case": f"euler_step, {tabled}",
+                "dtype": dtype,
+                "error": apart("euler_step", (rows, scale, shift, *outwards, noisy), -0.1),
+            }
+
+
+def vision() -> Iterator[Row]:
+    """What stands between a block's products; rows and columns of whole tiles, and of parts."""
+    for dtype in DTYPES:
+        for batch, patches, width, heads in ((2, 9, 72, 3), (1, 16, 256, 4), (1, 1, 6, 1)):
+            draw, size = Draw(dtype), f"{batch} x {patches} x {width}"
+            x, y = (draw(batch, patches, width) for _ in "xy")
+            bias, norm = draw(3 * width), [draw(width, wide=True) for _ in range(2)]
+            inputs = {
+                "split_bias": ((draw(batch, patches, 3 * width), bias), heads),
+                "gelu_bias": ((3 * x, bias[:width]),),
+                "add_layer_norm": ((x, y, bias[:width], *norm), EPSILON),
+            }
+            for name, given in inputs.items():
+                yield {"case": f"{name}, {size}", "dtype": dtype, "error": apart(name, *given)}
+
+
+def calls() -> Iterator[Row]:
+    """Whole calls, with kernels and without."""
+
+    def variant(width: int, mlp_dim: int) -> GemmaVariant:
+        return GemmaVariant(
+            width=width, depth=2, mlp_dim=mlp_dim, num_heads=3, num_kv_heads=1, head_dim=32,
+            vocab_size=256,
+        )  # fmt: skip
+
+    for pi05 in (True, False):
+        config = tiny_config(
+            dtype="float32", pi05=pi05, token_pruning_enabled=True,
+            paligemma_variant=variant(72, 136), action_expert_variant=variant(56, 104),
+        )  # fmt: skip
+        model, batch = BACKENDS["jax"].model(config, parameters(config)), draw_batch(config)
+        noise, actions, launches = jnp.asarray(batch.noise), [], []
+        for settings in (InferenceSettings(), InferenceSettings(kernels=False)):
+            launch = kernels_launch.triton_call
+            with mock.patch.object(kernels_launch, "triton_call", wraps=launch) as launched:
+                sampler = Sampler(model.module, settings)
+                actions.append(np.asarray(sampler.sample_actions(batch.observation, noise, 2)))
+            launches.append(launched.call_count)
+        yield {
+            "case": "pi05" if pi05 else "pi0",
+            "dtype": "float32",
+            "error": error(*actions),
+            "launches": launches,
+        }
+
+
+FAMILIES = {family.__name__: family for family in (products, attention, ends, vision, calls)}
+
+
+def main() -> None:
+    if not FULL:
+        assert os.environ.get("TRITON_INTERPRET") == "1"
+        kernels_launch.triton_call = interpreted
+        triton_call.available = lambda: True
+    with np.errstate(all="ignore"):
+        print(json.dumps({name: list(family()) for name, family in FAMILIES.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The chain of a Gemma layer at inference, and of a vision block, in Triton where it applies.
+
+A denoising step multiplies 50 rows with 0.6 GB of weights and does little else: it is bound by
+memory and by launches, so each function here is one launch that reads each weight once. Of many
+rows a library's product is as fast, and XLA writes what stands around it; but for a vision block,
+of whose packed projection it would launch a copy for each part.
+
+Triton applies in functions that `jax.jit` compiles for NVIDIA GPUs from Ampere on, in bfloat16 and
+float32: to products of at most `MAX_ROWS` rows, to attention of any length, and to vision blocks.
+Elsewhere the functions compute the same with JAX's operations (`kernels_plain`). The kernels
+themselves are `pruner_triton`'s, which PyTorch launches too.
+
+A product of few rows takes a `kernel` that lies in memory outputs first: `stored.T`, of an array
+[outputs, inputs], which XLA does not compute. Any other it would copy.
+
+No gradients. Triton compiles a kernel when a program is lowered (seconds, kept on disk). Two calls
+with the same numbers give the same bits.
+
+Dimension letters: R rows, B batch, S tokens, T room for keys, D width, N outputs, F MLP, K heads,
+G kv heads, H head_dim (of actions: horizon), A action dim, E width of the action expert.
+In a vision block N are patches.
+"""
+
+from types import ModuleType
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pruner_jax import kernels_plain as plain
+from pruner_jax import triton_call
+from pruner_jax.kernels_plain import MAX_ROWS, OfStep, Rows
+
+_DTYPES = (jnp.bfloat16, jnp.float32)
+
+
+def available(tensor: Array) -> bool:
+    """Whether the Triton kernels apply to arrays like this one."""
+    return tensor.dtype in _DTYPES and triton_call.available()
+
+
+def _launch() -> ModuleType:
+    from pruner_jax import kernels_launch  # here, since it imports Triton
+
+    return kernels_launch
+
+
+def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Rows:
+    """Hidden states as a norm with this scale takes them.
+
+    Args:
+        x: of R tokens.
+        scale: in `wide` precision, with the one of "one plus scale" in it.
+    """
+    return plain.scale_rows(x, scale)
+
+
+def project(
+    rows: Rows,
+    kernel: Float[Array, "D N"],
+    added: Float[Array, "N"] | OfStep | None,
+    cos: Float[Array, "B S half"],
+    sin: Float[Array, "B S half"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    place: int,
+    num_heads: int,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    """A norm, a packed projection, RoPE of queries and keys over the halves of a head.
+
+    Args:
+        rows: of B * S tokens.
+        kernel: heads of queries, then of keys, then of values.
+        added: the norm's shift times the kernel, in `wide` precision; None for none.
+        cos, sin: in `wide` precision.
+        key, value: of T tokens, of which S from `place` on are replaced.
+        place: of the first token.
+        num_heads: K; 0 for keys and values alone.
+
+    Returns:
+        queries, `key`, `value`; the last two in place, where nobody reads what they were before.
+    """
+    fits = _is_of_few(rows.x) and num_heads > 0 and key.shape[-1] % 32 == 0
+    call = _launch().project if fits else plain.project
+    return call(rows, kernel, added, cos, sin, key, value, place, num_heads)
+
+
+def gated(
+    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | OfStep | None
+) -> Float[Array, "R F"]:
+    """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
+
+    Args:
+        rows: as in `project`.
+        gate_up: the gate first.
+        added: as in `project`.
+    """
+    call = _launch().gated if _is_of_few(rows.x) else plain.gated
+    return call(rows, gate_up, added)
+
+
+def merge(
+    x: Float[Array, "R F"],
+    kernel: Float[Array, "F D"],
+    residual: Float[Array, "R D"],
+    gate: Float[Array, "D"] | OfStep | None,
+    scale: Float[Array, "D"] | OfStep,
+) -> Rows:
+    """residual + (x · kernel) * gate, rounded once, as the norm that follows takes it.
+
+    Args:
+        x: of R tokens.
+        kernel: of x's dtype.
+        residual: like the result.
+        gate: of any dtype; None for 1.
+        scale: of the norm that follows, as in `scale_rows`.
+    """
+    call = _launch().merge if _is_of_few(x) else plain.merge
+    return call(x, kernel, residual, gate, scale)
+
+
+def attend(
+    query: Float[Array, "B S K H"],
+    key: Float[Array, "B T 1 H"],
+    value: Float[Array, "B T 1 H"],
+    key_mask: Bool[Array, "B _"] | None,
+) -> Float[Array, "B S K*H"]:
+    """Softmax attention of queries that are scaled already, all heads to the same keys.
+
+    Args:
+        query: of S tokens.
+        key, value: values of masked keys are to be finite: they are multiplied by 0.
+        key_mask: False for keys that nobody attends to; where all are, values are averaged. Keys
+            past its end are not there. None for all T.
+    """
+    call = _launch().attend if available(query) else plain.attend
+    return call(query, key, value, key_mask)
+
+
+def embed_actions(
+    noisy: Float[Array, "B H A"],
+    kernel: Float[Array, "A E"],
+    bias: Float[Array, "E"],
+    scale: Float[Array, "E"] | OfStep,
+    dtype: jnp.dtype,
+) -> Rows:
+    """Tokens of noisy actions, as the first norm takes them; `wide` until they are written.
+
+    Args:
+        noisy, kernel, bias: in `wide` precision.
+        scale: as in `scale_rows`.
+        dtype: of the tokens.
+    """
+    if not available(noisy):
+        return plain.embed_actions(noisy, kernel, bias, scale, dtype)
+    return _launch().embed_actions(noisy.reshape(-1, len(kernel)), kernel, bias, scale, dtype)
+
+
+def euler_step(
+    rows: Rows,
+    scale: Float[Array, "E"] | OfStep,
+    shift: Float[Array, "E"] | OfStep | None,
+    kernel: Float[Array, "E A"],
+    bias: Float[Array, "A"],
+    noisy: Float[Array, "B H A"],
+    step: float,
+) -> Float[Array, "B H A"]:
+    """noisy + step * velocity: the final norm, and a map in `wide` precision.
+
+    Args:
+        rows: of B samples, each of whose last H tokens are its actions.
+        scale, shift: of the final norm, in `wide` precision.
+        kernel, bias, noisy: in `wide` precision.
+        step: dt, negative.
+    """
+    is_here = available(noisy) and available(rows.x)
+    call = _launch().euler_step if is_here else plain.euler_step
+    return call(rows, scale, shift, kernel, bias, noisy, step)
+
+
+def split_bias(
+    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"], num_heads: int
+) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:
+    """Queries, keys and values of a packed projection, which comes without its bias.
+
+    Args:
+        x: heads of queries, then of keys, then of values.
+        bias: of x.
+        num_heads: K.
+
+    Returns:
+        queries, scaled by head_dim^-0.5; keys; values.
+    """
+    call = _launch().split_bias if available(x) else plain.split_bias
+    return call(x, bias, num_heads)
+
+
+def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
+    """gelu(x + bias), in its tanh approximation."""
+    call = _launch().gelu_bias if available(x) else plain.gelu_bias
+    return call(x, bias)
+
+
+def add_layer_norm(
+    x: Float[Array, "B N D"],
+    y: Float[Array, "B N D"],
+    bias: Float[Array, "D"],
+    scale: Float[Array, "D"],
+    shift: Float[Array, "D"],
+    epsilon: float,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """x + y + bias in x's dtype, and its layer norm, computed in `wide` precision.
+
+    Args:
+        x: of a residual stream.
+        y: a product without its bias.
+        bias: of y.
+        scale, shift: of the norm, of any dtype.
+        epsilon: added to the variance.
+    """
+    call = _launch().add_layer_norm if available(x) else plain.add_layer_norm
+    return call(x, y, bias, scale, shift, epsilon)
+
+
+def _is_of_few(x: Float[Array, "R D"]) -> bool:
+    return available(x) and 0 < len(x) <= MAX_ROWS

@@ -1,0 +1,221 @@
+"""What the kernels of `kernels` compute, in JAX's own operations: where they do not apply.
+
+The same names and arguments; the letters are there.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pruner_jax import layers
+from pruner_jax.gemma import RMS_EPSILON
+
+MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Hidden states on their way to a norm.
+
+    With r = 1 / rms(x), a norm times a kernel is r · ((x · scale) kernel) + shift kernel. Who
+    writes x writes what the product needs beside it; r and the shift's product come after it.
+
+    Attributes:
+        x: of R tokens.
+        scaled: x times the norm's scale.
+        squares: the sum of each row's squares, in P parts; in `wide` precision.
+    """
+
+    x: Float[Array, "R D"]
+    scaled: Float[Array, "R D"]
+    squares: Float[Array, "P R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfStep:
+    """A vector that each of T steps has its own of.
+
+    A kernel finds it in the table; XLA would launch a copy of it for every kernel that reads one.
+    """
+
+    table: Float[Array, "T N"]
+    step: Int[Array, ""]
+
+    @property
+    def value(self) -> Float[Array, "N"]:
+        """This step's."""
+        return self.table[self.step]
+
+
+def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Rows:
+    """`kernels.scale_rows`."""
+    wide = x.astype(layers.wide(x.dtype))
+    return Rows(x, (wide * _value(scale)).astype(x.dtype), jnp.square(wide).sum(axis=-1)[None])
+
+
+def project(
+    rows: Rows,
+    kernel: Float[Array, "D N"],
+    added: Float[Array, "N"] | OfStep | None,
+    cos: Float[Array, "B S half"],
+    sin: Float[Array, "B S half"],
+    key: Float[Array, "B T G H"],
+    value: Float[Array, "B T G H"],
+    place: int,
+    num_heads: int,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    """`kernels.project`."""
+    batch, length = cos.shape[:2]
+    groups, head_dim = key.shape[2:]
+    heads = _normed(rows, kernel, added).reshape(batch, length, -1, head_dim)
+    query, new_key, new_value = jnp.split(heads, [num_heads, num_heads + groups], axis=2)
+    key = _written(key, _turned(new_key, cos, sin), place)
+    value = _written(value, new_value, place)
+    return _turned(query, cos, sin).astype(key.dtype), key, value
+
+
+def gated(
+    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | OfStep | None
+) -> Float[Array, "R F"]:
+    """`kernels.gated`."""
+    gate, up = jnp.split(_normed(rows, gate_up, added), 2, axis=-1)
+    return (layers.gelu(gate) * up).astype(rows.x.dtype)
+
+
+def merge(
+    x: Float[Array, "R F"],
+    kernel: Float[Array, "F D"],
+    residual: Float[Array, "R D"],
+    gate: Float[Array, "D"] | OfStep | None,
+    scale: Float[Array, "D"] | OfStep,
+) -> Rows:
+    """`kernels.merge`."""
+    product = _product(x, kernel)
+    product = product if gate is None else product * _value(gate)
+    return scale_rows((residual + product).astype(residual.dtype), scale)
+
+
+def attend(
+    query: Float[Array, "B S K H"],
+    key: Float[Array, "B T 1 H"],
+    value: Float[Array, "B T 1 H"],
+    key_mask: Bool[Array, "B _"] | None,
+) -> Float[Array, "B S K*H"]:
+    """`kernels.attend`."""
+    if key_mask is None:
+        return layers.attend(query, key, value)
+    batch, keys = key_mask.shape
+    mask = jnp.broadcast_to(key_mask[:, None], (batch, query.shape[1], keys))
+    return layers.attend(query, key[:, :keys], value[:, :keys], mask)
+
+
+def embed_actions(
+    noisy: Float[Array, "B H A"],
+    kernel: Float[Array, "A E"],
+    bias: Float[Array, "E"],
+    scale: Float[Array, "E"] | OfStep,
+    dtype: jnp.dtype,
+) -> Rows:
+    """`kernels.embed_actions`."""
+    tokens = noisy.reshape(-1, len(kernel)) @ kernel + bias
+    return scale_rows(tokens.astype(dtype), scale)
+
+
+def euler_step(
+    rows: Rows,
+    scale: Float[Array, "E"] | OfStep,
+    shift: Float[Array, "E"] | OfStep | None,
+    kernel: Float[Array, "E A"],
+    bias: Float[Array, "A"],
+    noisy: Float[Array, "B H A"],
+    step: float,
+) -> Float[Array, "B H A"]:
+    """`kernels.euler_step`."""
+    wide = layers.wide(rows.x.dtype)
+    normed = rows.x.astype(wide) * _factor(rows) * _value(scale)
+    normed = normed if shift is None else normed + _value(shift)
+    normed = normed.astype(rows.x.dtype).reshape(len(noisy), -1, len(kernel))
+    actions = normed[:, -noisy.shape[1] :].astype(wide)
+    return noisy + step * (actions @ kernel + bias)
+
+
+def split_bias(
+    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"], num_heads: int
+) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:
+    """`kernels.split_bias`."""
+    packed = (x + bias).reshape(*x.shape[:2], 3, num_heads, -1)
+    query, key, value = jnp.moveaxis(packed, 2, 0)
+    return query * query.shape[-1] ** -0.5, key, value
+
+
+def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
+    """`kernels.gelu_bias`."""
+    return layers.gelu(x + bias)
+
+
+def add_layer_norm(
+    x: Float[Array, "B N D"],
+    y: Float[Array, "B N D"],
+    bias: Float[Array, "D"],
+    scale: Float[Array, "D"],
+    shift: Float[Array, "D"],
+    epsilon: float,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """`kernels.add_layer_norm`."""
+    total = x + (y + bias)
+    return total, layer_norm(total, scale, shift, epsilon)
+
+
+def layer_norm(
+    x: Float[Array, "B N D"], scale: Float[Array, "D"], shift: Float[Array, "D"], epsilon: float
+) -> Float[Array, "B N D"]:
+    """In `wide` precision; the first one of a tower, before which nothing is added."""
+    wide = x.astype(layers.wide(x.dtype))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + epsilon) * scale + shift
+    return normed.astype(x.dtype)
+
+
+def _value(vector: Float[Array, "N"] | OfStep) -> Float[Array, "N"]:
+    return vector.value if isinstance(vector, OfStep) else vector
+
+
+def _factor(rows: Rows) -> Float[Array, "R 1"]:
+    """1 / rms."""
+    mean = rows.squares.sum(axis=0)[:, None] / rows.x.shape[1]
+    return jax.lax.rsqrt(mean + RMS_EPSILON)
+
+
+def _product(x: Float[Array, "R D"], kernel: Float[Array, "D N"]) -> Float[Array, "R N"]:
+    """In `wide` precision; of many rows rounded before."""
+    wide = layers.wide(x.dtype)
+    kept = wide if len(x) <= MAX_ROWS else x.dtype
+    return jnp.matmul(x, kernel, preferred_element_type=kept).astype(wide)
+
+
+def _normed(
+    rows: Rows, kernel: Float[Array, "D N"], added: Float[Array, "N"] | OfStep | None
+) -> Float[Array, "R N"]:
+    """The norm's product with a kernel, in `wide` precision."""
+    product = _product(rows.scaled, kernel) * _factor(rows)
+    return product if added is None else product + _value(added)
+
+
+def _turned(
+    x: Float[Array, "B S K H"], cos: Float[Array, "B S half"], sin: Float[Array, "B S half"]
+) -> Float[Array, "B S K H"]:
+    """RoPE over the halves of a head, in x's precision, which is `wide`."""
+    first, second = jnp.split(x, 2, axis=-1)
+    c, s = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+
+
+def _written(
+    room: Float[Array, "B T G H"], new: Float[Array, "B S G H"], place: int
+) -> Float[Array, "B T G H"]:
+    return jax.lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), place, axis=1)

@@ -1,0 +1,101 @@
+"""`pruner_triton`'s products of few rows over dense arrays, at one step of a schedule's tables.
+
+A custom call's pointers are those of whole arrays, so that a kernel itself must find the step's row
+of a table; PyTorch passes a view. A vector's stride is 0 where all steps have the same, and `step`,
+a pointer to an integer, None where all vectors have.
+"""
+
+import triton.language as tl
+
+from pruner_triton import rows
+from pruner_triton.language import jit
+
+
+@jit
+def project(
+    x, squares, kernel, added, step, cos, sin, query, key, value,
+    ADDED_STRIDE: tl.constexpr, COUNT: tl.constexpr, LENGTH: tl.constexpr, ROOM: tl.constexpr,
+    PLACE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr,
+    INPUTS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    HAS_ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """`rows.project` of COUNT rows, into ROOM keys and values a sample."""
+    HEAD: tl.constexpr = 2 * HALF
+    if step is not None:
+        added += tl.load(step) * ADDED_STRIDE
+    rows.project(
+        x, squares, kernel, added, cos, sin, query, key, value, COUNT, LENGTH, PLACE,
+        INPUTS, LENGTH * HALF, HALF, LENGTH * HALF, HALF,
+        LENGTH * QUERIES * HEAD, QUERIES * HEAD, HEAD,
+        ROOM * KEYS * HEAD, KEYS * HEAD, HEAD, ROOM * KEYS * HEAD, KEYS * HEAD, HEAD,
+        QUERIES, KEYS, HALF, INPUTS, PARTS, PARTS_BLOCK, HAS_ADDED, ROWS, COLUMNS, INNER,
+    )  # fmt: skip
+
+
+@jit
+def gated(
+    x, squares, kernel, added, step, out,
+    ADDED_STRIDE: tl.constexpr, COUNT: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    HAS_ADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """`rows.gated` of COUNT rows."""
+    if step is not None:
+        added += tl.load(step) * ADDED_STRIDE
+    rows.gated(
+        x, squares, kernel, added, out, COUNT, INPUTS, INPUTS, OUTPUTS, PARTS, PARTS_BLOCK,
+        HAS_ADDED, ROWS, COLUMNS, INNER,
+    )  # fmt: skip
+
+
+@jit
+def merge(
+    x, kernel, residual, gate, scale, step, counters, out, scaled, squares, partials,
+    GATE_STRIDE: tl.constexpr, SCALE_STRIDE: tl.constexpr, COUNT: tl.constexpr,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, HAS_GATE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """`rows.merge` of COUNT rows, with a scale."""
+    if step is not None:
+        now = tl.load(step)
+        scale += now * SCALE_STRIDE
+        if HAS_GATE:
+            gate += now * GATE_STRIDE
+    rows.merge(
+        x, kernel, residual, gate, scale, counters, out, scaled, squares, partials, COUNT,
+        INPUTS, OUTPUTS, INPUTS, OUTPUTS, HAS_GATE, True, ROWS, COLUMNS, INNER, PARTS,
+    )  # fmt: skip
+
+
+@jit
+def euler_step(
+    x, squares, scale, shift, now, kernel, bias, noisy,
+    SCALE_STRIDE: tl.constexpr, SHIFT_STRIDE: tl.constexpr, COUNT: tl.constexpr,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, ACTIONS: tl.constexpr, ACTIONS_BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr, HORIZON: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr,
+    INNER: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """`rows.euler_step` by STEP, in place; `now` is what is `step` elsewhere."""
+    if now is not None:
+        place = tl.load(now)
+        scale += place * SCALE_STRIDE
+        if HAS_SHIFT:
+            shift += place * SHIFT_STRIDE
+    rows.euler_step(
+        x, squares, scale, shift, kernel, bias, noisy, noisy, COUNT, STEP, WIDTH, ACTIONS,
+        ACTIONS_BLOCK, LENGTH, HORIZON, PARTS, PARTS_BLOCK, INNER, HAS_SHIFT,
+    )  # fmt: skip
+
+
+@jit
+def embed_actions(
+    noisy, kernel, bias, scale, step, out, scaled, squares,
+    SCALE_STRIDE: tl.constexpr, WIDTH: tl.constexpr, ACTIONS: tl.constexpr,
+    ACTIONS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`rows.embed_actions`."""
+    if step is not None:
+        scale += tl.load(step) * SCALE_STRIDE
+    rows.embed_actions(
+        noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK,
+    )  # fmt: skip

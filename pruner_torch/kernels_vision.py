@@ -1,0 +1,28 @@
+"""Launches of `pruner_triton.vision`."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruner_triton import vision
+from pruner_triton.tiles import power_of_two
+
+
+def add_layer_norm(
+    x: Float[Tensor, "*batch D"],
+    y: Float[Tensor, "*batch D"],
+    scale: Float[Tensor, "D"],
+    shift: Float[Tensor, "D"],
+    epsilon: float,
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """`kernels.add_layer_norm`."""
+    rows, others = (each.reshape(-1, x.shape[-1]) for each in (x, y))
+    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    block = power_of_two(x.shape[-1])
+    # 16 elements a thread, of which 9 are there at a width of 1152.
+    vision.add_layer_norm[(len(rows),)](
+        rows, others, None, scale, shift, total, normed, rows.stride(0), others.stride(0),
+        WIDTH=x.shape[-1], HAS_BIAS=False, BLOCK=block, EPSILON=epsilon,
+        num_warps=min(max(block // 512, 1), 8),
+    )  # fmt: skip
+    return total, normed
