@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax import kernels, kernels_plain, sampling, triton_call
 from pruner_jax.deployed import (
@@ -85,7 +85,12 @@ class Sampler:
         # Without parameters, so that those of the model may go; the record is the model's.
         self.model = nnx.merge(graph, jax.eval_shape(lambda: state))
         self.settings = InferenceSettings() if settings is None else settings
-        self._weights, self._clock = deploy(model), clock_of(model)
+        weights = self._weights = deploy(model)
+        self._clock = clock_of(model)
+        # Each array that a function is handed takes its time: none that it does not read.
+        nothing = jax.tree.map(lambda _: None, weights.vision)
+        self._seeing = dataclasses.replace(weights, language=(), action=())
+        self._acting = dataclasses.replace(weights, vision=nothing)
         self._schedules: dict[int, Schedule] = {}
         self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
         # Kernels depend on compilers and drivers: what launches them is tried once.
@@ -94,11 +99,15 @@ class Sampler:
         self._compile(kernels if self.settings.kernels else kernels_plain)
 
     def _compile(self, operations: ModuleType) -> None:
-        self._encode = jax.jit(functools.partial(_encode, self.model, operations=operations))
+        self._encode = jax.jit(
+            functools.partial(_encode, self.model, operations=operations), static_argnums=3
+        )
         self._act = jax.jit(
             functools.partial(act, self.model, operations=operations), static_argnums=6
         )
-        self._embed = jax.jit(functools.partial(_embed, self.model, operations=operations))
+        self._embed = jax.jit(
+            functools.partial(_embed, self.model, operations=operations), static_argnums=3
+        )
         self._select = jax.jit(self.model.select)
         self._prune = jax.jit(functools.partial(sampling.prune, self.model), static_argnums=2)
         self._prefill = jax.jit(functools.partial(prefill, self.model, operations=operations))
@@ -158,7 +167,7 @@ class Sampler:
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
-        return self._run("_encode", self._weights, *inputs_of(observation, plan))
+        return self._run("_encode", self._seeing, *_inputs_of(observation, plan))
 
     def act(
         self,
@@ -172,7 +181,7 @@ class Sampler:
         """See `sampling.Stages`."""
         self._rooms[_sizes(encoded)] = capacity
         steps = self._schedule(num_steps)
-        inputs = (self._weights, steps, encoded, selection, state, noise, capacity)
+        inputs = (self._acting, steps, encoded, selection, state, noise, capacity)
         return self._run("_act", *inputs)
 
     def expected(self, encoded: "Encoded") -> int | None:
@@ -181,7 +190,7 @@ class Sampler:
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
-        return self._embed(self._weights, *inputs_of(observation, plan))
+        return self._embed(self._seeing, *_inputs_of(observation, plan))
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -193,7 +202,7 @@ class Sampler:
 
     def prefill(self, prefix: "Prefix") -> Cache:
         """See `sampling.Stages`."""
-        return self._prefill(self._weights, prefix)
+        return self._prefill(self._acting, prefix)
 
     def denoise(
         self,
@@ -204,7 +213,7 @@ class Sampler:
         num_steps: int,
     ) -> Float[Array, "B H A"]:
         """See `sampling.Stages`."""
-        return self._denoise(self._weights, self._schedule(num_steps), cache, state, noise)
+        return self._denoise(self._acting, self._schedule(num_steps), cache, state, noise)
 
     def _run(self, name: str, *inputs: Any) -> Any:
         """A function's result; where the kernels do not run, by XLA alone from then on."""
@@ -229,20 +238,22 @@ class Sampler:
         return self._schedules[num_steps]
 
 
-def inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Array, ...]:
-    """What `encode` reads of an observation.
+def _inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Any, ...]:
+    """What `encode` reads of an observation, as the host sends it to the device.
 
-    The images, a camera each, and all else in one array of integers, [B, C + 2*L], since each that
-    the host sends takes its time: camera mask, prompt, prompt mask.
+    Returns:
+        images, a camera each; camera masks, prompt and prompt mask, on the host one array of
+        integers, [B, C + 2*L], since each that it sends takes its time; L.
     """
-    parts = [
-        *(observation.image_masks[camera][:, None] for camera in plan.cameras),
-        observation.tokenized_prompt[:, : plan.prompt_length],
-        observation.tokenized_prompt_mask[:, : plan.prompt_length],
-    ]
-    together: Any = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
-    packed = together.concatenate([part.astype(np.int32) for part in parts], axis=1)
-    return *(observation.images[camera] for camera in plan.cameras), packed
+    length = plan.prompt_length
+    images = tuple(observation.images[camera] for camera in plan.cameras)
+    masks = [observation.image_masks[camera] for camera in plan.cameras]
+    prompt = (observation.tokenized_prompt, observation.tokenized_prompt_mask)
+    if not all(isinstance(part, np.ndarray) for part in (*masks, *prompt)):
+        return images, (*masks, *prompt), length
+    parts = (*(mask[:, None] for mask in masks), *(part[:, :length] for part in prompt))
+    packed = np.concatenate([part.astype(np.int32) for part in parts], axis=1)
+    return images, packed, length
 
 
 def encode(
@@ -614,25 +625,41 @@ def _attend(
 
 
 def _encode(
-    model: "Pi0", weights: Deployed, *inputs: Shaped[Array, "B ..."], operations: ModuleType
+    model: "Pi0",
+    weights: Deployed,
+    images: tuple[Array, ...],
+    rest: Any,
+    length: int,
+    operations: ModuleType = kernels_plain,
 ) -> "tuple[Encoded, Any]":
-    """`encode`, of what `inputs_of` gives."""
-    return encode(model, weights, *_unpacked(*inputs), operations=operations)
+    """`encode`, of what `_inputs_of` gives."""
+    return encode(model, weights, *_unpacked(images, rest, length), operations)
 
 
 def _embed(
-    model: "Pi0", weights: Deployed, *inputs: Shaped[Array, "B ..."], operations: ModuleType
+    model: "Pi0",
+    weights: Deployed,
+    images: tuple[Array, ...],
+    rest: Any,
+    length: int,
+    operations: ModuleType = kernels_plain,
 ) -> "Encoded":
-    """`embed`, of what `inputs_of` gives."""
-    return embed(model, weights, *_unpacked(*inputs), operations=operations)
+    """`embed`, of what `_inputs_of` gives."""
+    return embed(model, weights, *_unpacked(images, rest, length), operations)
 
 
-def _unpacked(*inputs: Shaped[Array, "B ..."]) -> tuple[Array, Array, Array, Array]:
+def _unpacked(
+    images: tuple[Array, ...], rest: Any, length: int
+) -> tuple[Array, Array, Array, Array]:
     """Images, camera mask, prompt and prompt mask."""
-    *images, packed = inputs
-    cameras = len(images)
-    prompt, prompt_mask = jnp.split(packed[:, cameras:], 2, axis=1)
-    return jnp.stack(images, axis=1), packed[:, :cameras] != 0, prompt, prompt_mask != 0
+    if isinstance(rest, tuple):
+        *masks, prompt, prompt_mask = rest
+        camera_mask = jnp.stack(masks, axis=1)
+        prompt, prompt_mask = prompt[:, :length], prompt_mask[:, :length]
+    else:
+        camera_mask, prompt, prompt_mask = jnp.split(rest, [len(images), len(images) + length], 1)
+        camera_mask, prompt_mask = camera_mask != 0, prompt_mask != 0
+    return jnp.stack(images, axis=1), camera_mask, prompt, prompt_mask
 
 
 def _sizes(encoded: "Encoded") -> tuple[int, ...]:

@@ -153,7 +153,7 @@ class Sampler:
         def call(*inputs: Any) -> "tuple[Encoded, Selection]":
             return encode(self.model, self._weights, *inputs, **self._ways)
 
-        return self._replayed(call, inputs_of(observation, plan), (), ("encode",))
+        return self._replayed(call, _inputs_of(observation, plan), (), ("encode",))
 
     def act(
         self,
@@ -187,7 +187,7 @@ class Sampler:
         def call(*inputs: Any) -> "Encoded":
             return embed(self.model, self._weights, *inputs, **self._ways)
 
-        return self._replayed(call, inputs_of(observation, plan), (), ("embed",))
+        return self._replayed(call, _inputs_of(observation, plan), (), ("embed",))
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -290,7 +290,7 @@ def tried(
     return sampling.PlainStages(model)
 
 
-def inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
+def _inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
     """What `encode` reads of an observation: images, camera mask, prompt, prompt mask."""
     return (
         torch.stack([observation.images[camera] for camera in plan.cameras], dim=1),
