@@ -83,7 +83,7 @@ def attend(
         tl.store(totals + j + part * (ROWS * WIDTH), total)
         if is_last(counters + tile, PARTS):
             top = tl.load(tops + i, cache_modifier=".cg")
-            for other in tl.static_range(1, PARTS):
+            for other in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
                 top = tl.maximum(top, tl.load(tops + i + other * ROWS, cache_modifier=".cg"))
             sum = tl.zeros((ROWS,), tl.float32)
             total = tl.zeros((ROWS, WIDTH), tl.float32)

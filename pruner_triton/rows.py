@@ -199,7 +199,7 @@ def merge(
         tl.store(mine + part * AREA, total)
         if is_last(counters + tile, PARTS):
             total = tl.load(mine, cache_modifier=".cg")
-            for other in tl.static_range(1, PARTS):
+            for other in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
                 total += tl.load(mine + other * AREA, cache_modifier=".cg")
             write_merged(
                 total, column_gate, next_scale, before, out, scaled, squares, row,
