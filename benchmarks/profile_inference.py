@@ -1,7 +1,7 @@
 """Where the time of a call goes: the kernels that a GPU ran, by what each took in all.
 
     python -m benchmarks.profile_inference --backend torch --keep implicit
-    python -m benchmarks.profile_inference --backend jax --keep none --prompt 200 --output profile.json
+    python -m benchmarks.profile_inference --backend jax --keep none --prompt 200
 
 A profile of three calls of the fast way, with random weights, as CUPTI tells it to PyTorch's or
 JAX's profiler; beside it the median of calls that nobody watches, and of their stages. What a call
