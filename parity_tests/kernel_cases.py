@@ -18,9 +18,11 @@ from torch import Tensor
 
 from parity_tests.harness import DEVICE
 from pruner_spec.sequence import MASKED_LOGIT
-from pruner_torch import kernels, kernels_plain
+from pruner_torch import kernels, kernels_autotune, kernels_plain
+from pruner_torch.deployed import ExpertLayer
 from pruner_torch.kernels_plain import Rows
-from pruner_triton.tiles import PROCESSORS
+from pruner_triton import tiles
+from pruner_triton.tiles import PROCESSORS, cdiv
 
 FULL = DEVICE == "cuda"  # the sizes of π0.5; otherwise such as an interpreter has patience for
 WIDTH, MLP, HEADS, HEAD_DIM, ACTION_DIM = (1024, 4096, 8, 256, 32) if FULL else (72, 40, 3, 96, 7)
@@ -363,9 +365,67 @@ def found(family: str, dtype: str) -> Iterator[dict[str, Any]]:
         }
 
 
+def tuned(dtype: str) -> Iterator[dict[str, Any]]:
+    """All tiles that are tried for a layer: how far each is from the first, and who launches them.
+
+    The one that is tried last is the fastest.
+    """
+    numbers = Numbers(dtype)
+    rows, keys, head_dim = (50, KEYS[0], HEAD_DIM) if FULL else (5, 150, 32)
+    inner = MLP if FULL else 512
+    sizes = [(WIDTH, (HEADS + 2) * head_dim), (HEADS * head_dim, WIDTH), (WIDTH, 2 * inner)]
+    sizes.append((inner, WIDTH))
+    layers = []
+    for _ in range(2):
+        qkv, out, gate_up, down = (numbers.kernel(*size) for size in sizes)
+        layers.append(ExpertLayer(None, qkv, out, None, gate_up, down))
+    results: dict[tiles.Key, list[Any]] = {}
+
+    def seconds(run: Callable[[], Any], device: torch.device) -> float:
+        (*_, key) = (*tiles._products, *tiles._attention)
+        results.setdefault(key, []).append(run())
+        return 1 / len(results[key])
+
+    with (
+        mock.patch.object(kernels_autotune, "_seconds", seconds),
+        mock.patch.object(tiles, "_products", {}),
+        mock.patch.object(tiles, "_attention", {}),
+    ):
+        kernels_autotune.autotune(layers, rows, keys, head_dim)
+        counts = {key: len(each) for key, each in results.items()}
+        kernels_autotune.autotune(layers, rows, keys, head_dim)
+        found = {"again": counts != {key: len(each) for key, each in results.items()}}
+        for key, (first, *others) in results.items():
+            if key[0] == "merge":  # its tiles are seen in what it leaves
+                columns = tiles.product_tiles("merge", rows, *key[2:]).columns
+                found["parts"] = len(others[-1][0].squares) == cdiv(WIDTH, columns)
+            yield {
+                "family": "tuned",
+                "case": str(key),
+                "dtype": dtype,
+                "candidates": counts[key],
+                "error": max(apart(each, first) for each in others),
+                **found,
+            }
+
+
+def apart(found: list[Any], expected: list[Any]) -> float:
+    """The largest error of the layers' results, held against those by other tiles."""
+    largest = []
+    for pair in zip(found, expected, strict=True):
+        ours, theirs = (tensors(result) for result in pair)
+        for name in ours:
+            x, y = (
+                each[name] if name != "squares" else each[name].sum(0) for each in (ours, theirs)
+            )
+            largest.append(error(x, double(y))["largest"])
+    return max(largest)
+
+
 def main() -> None:
     assert FULL or os.environ.get("TRITON_INTERPRET") == "1"
     rows = [row for family in FAMILIES for dtype in DTYPES for row in found(family, dtype)]
+    rows += [row for dtype in DTYPES for row in tuned(dtype)]
     print(json.dumps(rows))
 
 

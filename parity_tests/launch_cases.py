@@ -18,11 +18,20 @@ import torch
 
 from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
-from pruner_jax import kernels, kernels_launch, kernels_plain, triton_call
+from pruner_jax import (
+    kernels,
+    kernels_autotune,
+    kernels_launch,
+    kernels_plain,
+    kernels_vision,
+    triton_call,
+)
+from pruner_jax.deployed import ExpertLayer
 from pruner_jax.inference import Sampler
 from pruner_jax.kernels_plain import OfStep, Rows
 from pruner_spec.config import GemmaVariant
 from pruner_spec.inference import InferenceSettings
+from pruner_triton import tiles
 
 FULL = DEVICE == "cuda"
 DTYPES = ("float32", "bfloat16")
@@ -243,13 +252,65 @@ def calls() -> Iterator[Row]:
         }
 
 
-FAMILIES = {family.__name__: family for family in (products, attention, ends, vision, calls)}
+def tuned() -> Iterator[Row]:
+    """All tiles that are tried for a layer: how far each is from the first."""
+    rows, keys, heads, head_dim, width, inner = 5, 150, 3, 32, 96, 512
+    for dtype in DTYPES:
+        draw, layers = Draw(dtype), []
+        for _ in range(2):
+            qkv, out, gate_up, down = (
+                draw.kernel(width, (heads + 2) * head_dim),
+                draw.kernel(heads * head_dim, width),
+                draw.kernel(width, 2 * inner),
+                draw.kernel(inner, width),
+            )
+            layers.append(ExpertLayer(None, qkv, out, None, gate_up, down))
+        results: dict[tiles.Key, list[Any]] = {}
+
+        def seconds(run: Any, *inputs: Any, results: Any = results) -> float:
+            (*_, key) = (*tiles._products, *tiles._attention)
+            found = jax.jit(lambda *inputs: run(*inputs))(*inputs)
+            results.setdefault(key, []).append(found)
+            return 1 / len(results[key])
+
+        with (
+            mock.patch.object(kernels_autotune, "_seconds", seconds),
+            mock.patch.object(tiles, "_products", {}),
+            mock.patch.object(tiles, "_attention", {}),
+        ):
+            kernels_autotune.autotune(layers, rows, keys, head_dim)
+        for key, (first, *others) in results.items():
+            yield {
+                "case": str(key),
+                "dtype": dtype,
+                "candidates": 1 + len(others),
+                "error": max(_apart(each, first) for each in others),
+            }
+
+
+def _apart(found: Any, expected: Any) -> float:
+    """The largest error of the layers' results, held against those by other tiles."""
+    is_rows = lambda x: isinstance(x, Rows)  # noqa: E731
+    largest = []
+    for pair in zip(
+        *(jax.tree.leaves(each, is_leaf=is_rows) for each in (found, expected)), strict=True
+    ):
+        if isinstance(pair[0], Rows):  # squares are in parts, which are each way's own
+            ours, theirs = ([x.x, x.scaled, x.squares.sum(axis=0)] for x in pair)
+        else:
+            ours, theirs = ([x] for x in pair)
+        for x, y in zip(ours, theirs, strict=True):
+            largest.append(error(*(np.asarray(each).astype(np.float64) for each in (x, y))))
+    return max(largest)
+
+
+FAMILIES = {family.__name__: family for family in (products, attention, ends, vision, calls, tuned)}
 
 
 def main() -> None:
     if not FULL:
         assert os.environ.get("TRITON_INTERPRET") == "1"
-        kernels_launch.triton_call = interpreted
+        kernels_launch.triton_call = kernels_vision.triton_call = interpreted
         triton_call.available = lambda: True
     with np.errstate(all="ignore"):
         print(json.dumps({name: list(family()) for name, family in FAMILIES.items()}))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from parity_tests.cases import BATCHES, MODEL_CASES, PRUNING, tiny_config
 from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters, relative_norm
 from parity_tests.record import check, report
 from parity_tests.tolerances import tolerance
-from pruner_spec.buckets import PATCH_BUCKETS, bucket
+from pruner_spec.buckets import PATCH_BUCKETS, PROMPT_BUCKETS, bucket
 from pruner_spec.config import Pi0Config
 from pruner_spec.inference import InferenceSettings
 
@@ -115,6 +116,79 @@ def test_a_wrong_guess_changes_nothing(backend):
 
 
 @backends
+def test_without_a_guess_the_device_is_asked_first(backend):
+    """One `act` a call, whatever the last call kept; and the same actions."""
+    config = tiny_config(token_pruning_enabled=True, dtype="float32", vision_variant="tiny/14")
+    batch, found, calls = draw_batch(config), [], []
+    dull = {camera: np.full_like(image, 0.5) for camera, image in batch.observation.images.items()}
+    dull = dataclasses.replace(batch.observation, images=dull)
+    for guess in (True, False):
+        model = Deployed(backend, config, parameters(config), guess=guess)
+        with mock.patch.object(model.sampler, "act", wraps=model.sampler.act) as act:
+            observations = (dull, batch.observation, batch.observation)
+            found.append([model.sample(each, batch.noise) for each in observations])
+        calls.append(act.call_count)
+    np.testing.assert_array_equal(*found)
+    assert calls == [4, 3]  # the guess after the dull one is wrong
+
+
+@backends
+@pytest.mark.parametrize("pi05", [True, False])
+def test_tiles_are_timed_before_they_are_used(backend, pi05, monkeypatch):
+    """Once for each length of the prefix, with the suffix of one sample; if that is asked for."""
+    config = tiny_config(dtype="float32", pi05=pi05, **PRUNING["5 a camera"])
+    expert = dataclasses.replace(config.action_expert, num_kv_heads=1)
+    language = dataclasses.replace(config.paligemma, num_kv_heads=1)
+    config = dataclasses.replace(config, action_expert_variant=expert, paligemma_variant=language)
+    weights, told = parameters(config), []
+
+    def autotune(layers, rows, keys, head_dim):
+        told.append((len(layers), rows, keys, head_dim))
+
+    monkeypatch.setattr(backend.module("kernels_autotune"), "autotune", autotune)
+    model = Deployed(backend, config, weights, autotune=True)
+    for lengths in ((9, 20), (9, 20), (9, 39)):
+        batch = draw_batch(config, lengths=lengths)
+        model.sample(batch.observation, batch.noise)
+    prefixes = [15 + bucket(length, PROMPT_BUCKETS, config.max_token_len) for length in (20, 39)]
+    rows = config.suffix_length
+    keys = [prefix + rows if pi05 else None for prefix in prefixes]
+    assert told == [(expert.depth, rows, each, expert.head_dim) for each in keys]
+    for settings in ({}, {"autotune": True, "kernels": False}):
+        Deployed(backend, config, weights, **settings).sample(batch.observation, batch.noise)
+    assert len(told) == 2
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_jax_without_command_buffers(graphs, monkeypatch):
+    """On a GPU each of the sampler's functions is compiled without them; nothing else changes."""
+    import jax
+
+    config = tiny_config(dtype="float32", **PRUNING["5 a camera"])
+    batch, weights = draw_batch(config), parameters(config)
+    expected = Deployed(BACKENDS["jax"], config, weights).sample(batch.observation, batch.noise)
+    plain = BACKENDS["jax"].model(config, weights)
+    jit = mock.Mock(wraps=jax.jit)
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(jax, "default_backend", lambda: "gpu")
+        on_gpu.setattr(jax, "jit", jit)
+        sampler = BACKENDS["jax"].module("inference").Sampler
+        sampler = sampler(plain.module, InferenceSettings(graphs=graphs))
+    given = [call.kwargs["compiler_options"] for call in jit.call_args_list[-7:]]
+    assert given == 7 * [None if graphs else {"xla_gpu_enable_command_buffer": ""}]
+    found = sampler.sample_actions(batch.observation, BACKENDS["jax"].array(batch.noise))
+    np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+def test_jax_has_no_layers_that_are_compiled_apart():
+    config = tiny_config(dtype="float32")
+    with pytest.raises(ValueError, match="compiled: expected False in JAX, where XLA compiles"):
+        Deployed(BACKENDS["jax"], config, parameters(config), compiled=True)
+
+
+@backends
 def test_nobody_reads_what_is_behind_the_last_keys_and_values(backend):
     """The language model's last layer gives keys and values alone: the rest may be anything."""
     config = tiny_config()
@@ -196,14 +270,18 @@ def test_after_the_warm_up_nothing_is_compiled():
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
-def test_kernels_that_do_not_run_are_left_to_xla(monkeypatch, caplog):
+@pytest.mark.parametrize("autotune", [False, True])
+def test_kernels_that_do_not_run_are_left_to_xla(monkeypatch, caplog, autotune):
     """Here for want of a GPU; elsewhere for a compiler's or a driver's reasons."""
     pytest.importorskip("triton")
     backend = BACKENDS["jax"]
     monkeypatch.setattr(backend.module("triton_call"), "available", lambda: True)
     config = tiny_config(dtype="float32", **PRUNING["implicit"])
-    model, batch = Deployed(backend, config, parameters(config)), draw_batch(config)
+    model = Deployed(backend, config, parameters(config), autotune=autotune)
+    batch = draw_batch(config)
+    model.sampler._tune(20)
     found = model.sample(batch.observation, batch.noise)
+    assert ("none of the tiles that were tried runs" in caplog.text) == autotune
     assert "the Triton kernels do not run here" in caplog.text
     expected = model.plain.sample(batch.observation, batch.noise)
     check("same computation", "float32", "jax, deployed, without kernels", error(found, expected))

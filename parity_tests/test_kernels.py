@@ -75,6 +75,22 @@ def test_a_kernel_computes_what_it_says(family, dtype):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", kernel_cases.DTYPES)
+def test_tiles_that_are_timed_compute_the_same(dtype):
+    """And the fastest are launched from then on, without being timed again."""
+    level = "kernel" if kernel_cases.FULL else "kernel, interpreted"
+    rows = [row for row in found() if (row["family"], row["dtype"]) == ("tuned", dtype)]
+    # A layer's four products; and attention, which has one cut in float32.
+    assert len(rows) == (4 if dtype == "float32" else 5)
+    for row in rows:
+        assert row["candidates"] > 2, row
+        assert row["error"] <= tolerance(level, dtype), row
+        assert row["parts"], row
+        assert not row["again"], row
+
+
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 90])
 def test_kernels_compile(capability):
     """At the sizes of π0.5: nothing spills, shared memory suffices, tensor cores multiply."""

@@ -274,6 +274,18 @@ def test_launches_compute_what_the_plain_functions_do(family, count):
 
 @pytest.mark.slow
 @pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
+def test_tiles_that_are_timed_compute_the_same():
+    level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"
+    rows = launched()["tuned"]
+    # A layer's four products of either dtype; and attention, which has one cut in float32.
+    assert [row["dtype"] for row in rows] == 4 * ["float32"] + 5 * ["bfloat16"]
+    for row in rows:
+        assert row["candidates"] > 2, row
+        assert row["error"] <= tolerance(level, row["dtype"]), row
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
 def test_a_whole_call_over_launches():
     for row in launched()["calls"]:
         assert row["error"] <= tolerance("same computation", row["dtype"]), row

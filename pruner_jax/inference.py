@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pruner_jax import kernels, kernels_plain, sampling, triton_call
+from pruner_jax import kernels, kernels_autotune, kernels_plain, sampling, triton_call
 from pruner_jax.deployed import (
     Affine,
     Deployed,
@@ -78,13 +78,17 @@ class Sampler:
     Args:
         model: whose weights these are.
         settings: None for the defaults.
+
+    Raises:
+        ValueError: the settings ask for what only PyTorch has.
     """
 
     def __init__(self, model: "Pi0", settings: InferenceSettings | None = None) -> None:
+        self.settings = InferenceSettings() if settings is None else settings
+        self.settings.check_for_jax()
         graph, state = nnx.split(model)
         # Without parameters, so that those of the model may go; the record is the model's.
         self.model = nnx.merge(graph, jax.eval_shape(lambda: state))
-        self.settings = InferenceSettings() if settings is None else settings
         weights = self._weights = deploy(model)
         self._clock = clock_of(model)
         # Each array that a function is handed takes its time: none that it does not read.
@@ -93,25 +97,29 @@ class Sampler:
         self._acting = dataclasses.replace(weights, vision=nothing)
         self._schedules: dict[int, Schedule] = {}
         self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
+        self._tuned: set[int] = set()  # lengths of the prefix
         # Kernels depend on compilers and drivers: what launches them is tried once.
         launches = self.settings.kernels and triton_call.available()
         self._untried = {"_encode", "_act"} if launches else set()
         self._compile(kernels if self.settings.kernels else kernels_plain)
 
     def _compile(self, operations: ModuleType) -> None:
-        self._encode = jax.jit(
-            functools.partial(_encode, self.model, operations=operations), static_argnums=3
-        )
-        self._act = jax.jit(
-            functools.partial(act, self.model, operations=operations), static_argnums=6
-        )
-        self._embed = jax.jit(
-            functools.partial(_embed, self.model, operations=operations), static_argnums=3
-        )
-        self._select = jax.jit(self.model.select)
-        self._prune = jax.jit(functools.partial(sampling.prune, self.model), static_argnums=2)
-        self._prefill = jax.jit(functools.partial(prefill, self.model, operations=operations))
-        self._denoise = jax.jit(functools.partial(denoise, self.model, operations=operations))
+        self._operations = operations
+        # XLA's command buffers are its CUDA graphs, here of no kind of operation.
+        launches_each = not self.settings.graphs and jax.default_backend() == "gpu"
+        options = {"xla_gpu_enable_command_buffer": ""} if launches_each else None
+        jit = functools.partial(jax.jit, compiler_options=options)
+
+        def over(function: Any) -> Any:
+            return functools.partial(function, self.model, operations=operations)
+
+        self._encode = jit(over(_encode), static_argnums=3)
+        self._act = jit(over(act), static_argnums=6)
+        self._embed = jit(over(_embed), static_argnums=3)
+        self._select = jit(self.model.select)
+        self._prune = jit(functools.partial(sampling.prune, self.model), static_argnums=2)
+        self._prefill = jit(over(prefill))
+        self._denoise = jit(over(denoise))
 
     def sample_actions(
         self,
@@ -180,13 +188,14 @@ class Sampler:
     ) -> Float[Array, "B H A"]:
         """See `sampling.Stages`."""
         self._rooms[_sizes(encoded)] = capacity
+        self._tune(_prefix_length(encoded, capacity))
         steps = self._schedule(num_steps)
         inputs = (self._acting, steps, encoded, selection, state, noise, capacity)
         return self._run("_act", *inputs)
 
     def expected(self, encoded: "Encoded") -> int | None:
         """See `sampling.Stages`."""
-        return self._rooms.get(_sizes(encoded))
+        return self._rooms.get(_sizes(encoded)) if self.settings.guess else None
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
@@ -213,7 +222,20 @@ class Sampler:
         num_steps: int,
     ) -> Float[Array, "B H A"]:
         """See `sampling.Stages`."""
+        self._tune(cache.valid.shape[1])
         return self._denoise(self._acting, self._schedule(num_steps), cache, state, noise)
+
+    def _tune(self, prefix: int) -> None:
+        """Times tiles, if asked to, before what reads so long a prefix is compiled."""
+        launches = self._operations is kernels
+        if not (self.settings.autotune and launches) or prefix in self._tuned:
+            return
+        self._tuned.add(prefix)
+        config, expert = self.model.config, self.model.config.action_expert
+        has_kernel = config.pi05 and expert.num_kv_heads == 1  # see `_attend`
+        rows = config.suffix_length
+        keys = prefix + rows if has_kernel else None
+        kernels_autotune.autotune(self._weights.action, rows, keys, expert.head_dim)
 
     def _run(self, name: str, *inputs: Any) -> Any:
         """A function's result; where the kernels do not run, by XLA alone from then on."""
@@ -665,6 +687,12 @@ def _unpacked(
 def _sizes(encoded: "Encoded") -> tuple[int, ...]:
     """On which the shapes of a call depend."""
     return *encoded.patches.shape[:2], encoded.prompt.shape[1]
+
+
+def _prefix_length(encoded: "Encoded", capacity: int | None) -> int:
+    """Tokens of the prefix, padding counted."""
+    cameras, patches = encoded.patches.shape[1:3]
+    return (cameras * patches if capacity is None else capacity) + encoded.prompt.shape[1]
 
 
 def _distance(found: Float[Array, "*shape"], expected: Float[Array, "*shape"]) -> float:

@@ -44,6 +44,12 @@ def _launch() -> ModuleType:
     return kernels_launch
 
 
+def _vision() -> ModuleType:
+    from pruner_jax import kernels_vision
+
+    return kernels_vision
+
+
 def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Rows:
     """Hidden states as a norm with this scale takes them.
 
@@ -190,13 +196,13 @@ def split_bias(
     Returns:
         queries, scaled by head_dim^-0.5; keys; values.
     """
-    call = _launch().split_bias if available(x) else plain.split_bias
+    call = _vision().split_bias if available(x) else plain.split_bias
     return call(x, bias, num_heads)
 
 
 def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
     """gelu(x + bias), in its tanh approximation."""
-    call = _launch().gelu_bias if available(x) else plain.gelu_bias
+    call = _vision().gelu_bias if available(x) else plain.gelu_bias
     return call(x, bias)
 
 
@@ -217,7 +223,7 @@ def add_layer_norm(
         scale, shift: of the norm, of any dtype.
         epsilon: added to the variance.
     """
-    call = _launch().add_layer_norm if available(x) else plain.add_layer_norm
+    call = _vision().add_layer_norm if available(x) else plain.add_layer_norm
     return call(x, y, bias, scale, shift, epsilon)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pruner_jax import kernels_tables as tables
 from pruner_jax.kernels_plain import OfStep, Rows
 from pruner_jax.triton_call import capability, triton_call
-from pruner_triton import attention, vision
+from pruner_triton import attention
 from pruner_triton.tiles import (
     COUNTERS,
     HOPPER,
@@ -143,7 +143,7 @@ def attend(
     (batch, length, heads, head_dim), room = query.shape, key.shape[1]
     keys = room if key_mask is None else key_mask.shape[1]
     rows = length * heads
-    tiles = attention_tiles(batch, rows, keys, query.dtype.itemsize, _shared_memory())
+    tiles = attention_tiles(batch, rows, keys, query.dtype.itemsize, shared_memory())
     span = cdiv(cdiv(keys, tiles.parts), tiles.keys) * tiles.keys
     parts = cdiv(keys, span)  # none is empty
     width, blocks = max(power_of_two(head_dim), 16), cdiv(rows, tiles.rows)
@@ -263,70 +263,6 @@ def euler_step(
     return out
 
 
-def split_bias(
-    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"], num_heads: int
-) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:
-    """`kernels.split_bias`."""
-    (batch, patches, outputs), width = x.shape, x.shape[2] // 3
-    tile, grid = _area(batch * patches, width)
-    part = jax.ShapeDtypeStruct((batch, patches, num_heads, width // num_heads), x.dtype)
-    query, key, value = triton_call(
-        vision.split_bias,
-        {
-            "x": x,
-            "bias": bias,
-            "query": part,
-            "key": part,
-            "value": part,
-            "SCALE": (width // num_heads) ** -0.5,
-            **tile,
-        },
-        grid=(*grid, outputs // width),
-    )
-    return query, key, value
-
-
-def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
-    """`kernels.gelu_bias`."""
-    tile, grid = _area(x.shape[0] * x.shape[1], x.shape[2])
-    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    (out,) = triton_call(vision.gelu_bias, {"x": x, "bias": bias, "out": out, **tile}, grid=grid)
-    return out
-
-
-def add_layer_norm(
-    x: Float[Array, "B N D"],
-    y: Float[Array, "B N D"],
-    bias: Float[Array, "D"],
-    scale: Float[Array, "D"],
-    shift: Float[Array, "D"],
-    epsilon: float,
-) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
-    """`kernels.add_layer_norm`."""
-    (batch, patches, width), block = x.shape, power_of_two(x.shape[2])
-    total, normed = triton_call(
-        vision.add_layer_norm,
-        {
-            "x": x,
-            "y": y,
-            "bias": bias,
-            "scale": scale,
-            "shift": shift,
-            "total": jax.ShapeDtypeStruct(x.shape, x.dtype),
-            "normed": jax.ShapeDtypeStruct(x.shape, x.dtype),
-            "x_stride": width,
-            "y_stride": width,
-            "WIDTH": width,
-            "HAS_BIAS": True,
-            "BLOCK": block,
-            "EPSILON": epsilon,
-        },
-        grid=(batch * patches,),
-        num_warps=min(max(block // 512, 1), 8),
-    )
-    return total, normed
-
-
 def _normed(given: Rows, kernel: Float[Array, "D N"], added: Vector) -> dict[str, Any]:
     """Arguments of a product with a norm. In memory the kernel's outputs lie first."""
     table, stride = _table(added)
@@ -357,7 +293,7 @@ def _step(*vectors: Vector) -> Int[Array, ""] | None:
 
 
 def _tiles(name: str, x: Float[Array, "R D"], inputs: int, outputs: int) -> Tiles:
-    return product_tiles(name, len(x), inputs, outputs, x.dtype.itemsize, _shared_memory())
+    return product_tiles(name, len(x), inputs, outputs, x.dtype.itemsize, shared_memory())
 
 
 def _cut(tiles: Tiles, x: Float[Array, "R D"]) -> dict[str, int]:
@@ -368,13 +304,6 @@ def _parts(squares: Float[Array, "P R"]) -> dict[str, int]:
     return {"PARTS": len(squares), "PARTS_BLOCK": power_of_two(len(squares))}
 
 
-def _area(rows: int, width: int) -> tuple[dict[str, int], tuple[int, int]]:
-    """Tiles of a pointwise kernel, 16 elements a thread, and how many of them."""
-    tile = {"ROWS": 16, "COLUMNS": min(power_of_two(width), 128)}
-    grid = cdiv(rows, tile["ROWS"]), cdiv(width, tile["COLUMNS"])
-    return {"rows": rows, "WIDTH": width, **tile}, grid
-
-
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -383,7 +312,7 @@ def _counters() -> Int[Array, "counters"]:
     return jnp.zeros(COUNTERS, jnp.int32)
 
 
-def _shared_memory() -> int:
+def shared_memory() -> int:
     """Bytes that a program may have for itself."""
     if capability() >= 90 and capability() < 120:
         return HOPPER

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pruner_spec.config import Pi0Config
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 from pruner_spec.training import Batch, TrainingSettings, TrainState
 
@@ -199,7 +200,12 @@ class Backend(Protocol):
     device: str
 
     def model(
-        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
+        self,
+        config: Pi0Config,
+        weights: Weights | None,
+        *,
+        fast: bool | None = False,
+        settings: InferenceSettings | None = None,
     ) -> Model:
         """A model with its weights.
 
@@ -210,9 +216,10 @@ class Backend(Protocol):
             fast: the way that is made for speed, in the place of the plain one. None for fast on
                 a GPU; PyTorch, which has kernels of its own there, then tries it against the plain
                 one as it warms up, and goes back to that where the two are apart.
+            settings: of the fast way; None for the defaults. The plain one reads none.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: they do not fit, or the framework has no such setting.
         """
         ...
 

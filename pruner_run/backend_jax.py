@@ -20,6 +20,7 @@ from pruner_jax.pruner import Selection
 from pruner_jax.training import Trainer
 from pruner_run.backend import Pruned, Weights, stage_times
 from pruner_spec.config import Pi0Config
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 from pruner_spec.parameters import Parameter, parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
@@ -41,14 +42,20 @@ class JaxBackend:
         return jax.default_backend()
 
     def model(
-        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
+        self,
+        config: Pi0Config,
+        weights: Weights | None,
+        *,
+        fast: bool | None = False,
+        settings: InferenceSettings | None = None,
     ) -> "JaxModel":
+        if settings is not None:
+            settings.check_for_jax()  # before minutes of reading
         if self.device != "cpu":
             _keep_compiled()
         fast = self.device != "cpu" if fast is None else fast
-        if weights is None:
-            return JaxModel(_random_model(config), fast=fast)
-        return JaxModel(checkpoint.load(weights, config), fast=fast)
+        model = _random_model(config) if weights is None else checkpoint.load(weights, config)
+        return JaxModel(model, fast=fast, settings=settings)
 
     def devices(self, fsdp_devices: int = 1) -> "JaxDevices":
         return JaxDevices(fsdp_devices)
@@ -138,8 +145,12 @@ def _join() -> None:
 class JaxModel:
     """A `Pi0`, NumPy in and out."""
 
-    def __init__(self, model: Pi0, *, fast: bool = False) -> None:
-        self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
+    def __init__(
+        self, model: Pi0, *, fast: bool = False, settings: InferenceSettings | None = None
+    ) -> None:
+        self._stages: sampling.Stages = (
+            Sampler(model, settings) if fast else sampling.PlainStages(model)
+        )
         # The sampler has its own arrays, and does without the model's.
         self._model = self._stages.model if isinstance(self._stages, Sampler) else model
 

@@ -13,6 +13,7 @@ from torch import distributed
 
 from pruner_run.backend import Pruned, Weights, stage_times
 from pruner_spec.config import Pi0Config
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 from pruner_spec.parameters import parameter_dtype, parameter_table, random_scale
 from pruner_spec.training import TrainingSettings
@@ -37,11 +38,18 @@ class TorchBackend:
         self.device = "cuda" if torch.cuda.is_available() else torch.get_default_device().type
 
     def model(
-        self, config: Pi0Config, weights: Weights | None, *, fast: bool | None = False
+        self,
+        config: Pi0Config,
+        weights: Weights | None,
+        *,
+        fast: bool | None = False,
+        settings: InferenceSettings | None = None,
     ) -> "TorchModel":
         if weights is None:
-            return TorchModel(_random_model(config, self.device), fast=fast)
-        return TorchModel(checkpoint.load(weights, config, device=self.device), fast=fast)
+            model = _random_model(config, self.device)
+        else:
+            model = checkpoint.load(weights, config, device=self.device)
+        return TorchModel(model, fast=fast, settings=settings)
 
     def devices(self, fsdp_devices: int = 1) -> "TorchDevices":
         return TorchDevices(fsdp_devices)
@@ -122,10 +130,14 @@ def _numpy(tokens: torch.Tensor) -> np.ndarray:
 class TorchModel:
     """A `Pi0`, NumPy in and out."""
 
-    def __init__(self, model: Pi0, *, fast: bool | None = False) -> None:
-        self._model = model
+    def __init__(
+        self, model: Pi0, *, fast: bool | None = False, settings: InferenceSettings | None = None
+    ) -> None:
+        self._model, self._settings = model, settings
         self._is_to_try = fast is None and model.device.type == "cuda"
-        self._stages: sampling.Stages = Sampler(model) if fast else sampling.PlainStages(model)
+        self._stages: sampling.Stages = (
+            Sampler(model, settings) if fast else sampling.PlainStages(model)
+        )
 
     def sample_actions(
         self, observation: Observation, noise: np.ndarray, num_steps: int
@@ -232,7 +244,7 @@ class TorchModel:
     ) -> torch.Tensor:
         if self._is_to_try:
             self._is_to_try = False
-            self._stages = tried(self._model, observation, noise, num_steps)
+            self._stages = tried(self._model, observation, noise, num_steps, self._settings)
         stages = self._stages if stages is None else stages
         return sampling.sample_actions(self._model, observation, noise, num_steps, stages)
 

@@ -13,13 +13,15 @@ from pruner_run import bench_cases, bench_report, bench_table, bench_weights
 from pruner_run.bench_cases import Case, Setup
 from pruner_run.bench_results import FILE, Results
 from pruner_run.bench_run import Bench
+from pruner_run.inference_flags import InferenceFlags
+from pruner_spec.inference import InferenceSettings
 
 _WIDE = 160  # characters of a table that goes into a file
 _AXES = ("cameras", "prompt", "keep", "batch", "horizon", "num_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(InferenceFlags):
     """Measure calls of a model with random weights, against the floor of the device.
 
     Where a list is asked for, its entries are separated by commas, and every choice of one entry a
@@ -89,6 +91,7 @@ class Options:
             accuracy=self.accuracy,
             seed=self.seed,
             checkpoint=None if self.checkpoint is None else str(self.checkpoint),
+            settings=self.settings,
         )
 
     @property
@@ -104,7 +107,9 @@ class Options:
             return self.setup
         calls = self.calls if self.plain_calls is None else self.plain_calls
         accuracy = self.accuracy and self.path == "plain"
-        return dataclasses.replace(self.setup, calls=calls, accuracy=accuracy)
+        return dataclasses.replace(
+            self.setup, calls=calls, accuracy=accuracy, settings=InferenceSettings()
+        )
 
 
 def run(options: Options) -> None:
@@ -139,7 +144,7 @@ def measure(options: Options, cases: Sequence[Case], console: Console) -> Result
         OSError: the output cannot be written, or is there already.
     """
     names = _backends(options.backend)
-    _check(options, cases)
+    _check(options, cases, names)
     path = options.output / FILE
     if path.exists() and not options.overwrite:
         raise FileExistsError(f"output: expected no {path}, or --overwrite")
@@ -163,9 +168,12 @@ def measure(options: Options, cases: Sequence[Case], console: Console) -> Result
     return results
 
 
-def _check(options: Options, cases: Sequence[Case]) -> None:
+def _check(options: Options, cases: Sequence[Case], names: Sequence[str]) -> None:
     """Raises a ValueError or an OSError for what cannot be measured, before anything is."""
     bench_cases.check(cases, options.setup)
+    options.check_flags("path", options.path)
+    if options.compiled and "jax" in names:
+        raise ValueError(f"backend: expected torch alone with --compiled, got {', '.join(names)}")
     for name in ("starts", "plain_calls"):
         number = getattr(options, name)
         if number is not None and number < 1:

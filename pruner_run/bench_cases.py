@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from pruner_spec.config import CAMERAS, IMAGE_SIZE, Pi0Config
 from pruner_spec.flow import euler_step
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 
 UNPRUNED, IMPLICIT = "none", "implicit"
@@ -70,6 +71,7 @@ class Setup:
         accuracy: whether the actions are held to a float32 reference.
         seed: of the images, the states and the noise.
         checkpoint: whose weights the model has; None for random ones.
+        settings: of the fast path.
     """
 
     config: str = "pi05"
@@ -80,6 +82,7 @@ class Setup:
     accuracy: bool = False
     seed: int = 0
     checkpoint: str | None = None
+    settings: InferenceSettings = dataclasses.field(default_factory=InferenceSettings)
 
     def model_config(self, case: Case) -> Pi0Config:
         """The model of a case.

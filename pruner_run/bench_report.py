@@ -8,6 +8,7 @@ from pruner_run import bench_picture, bench_table
 from pruner_run.bench_results import FILE, Results, read
 from pruner_run.bench_table import Grid
 from pruner_run.files import write_atomically
+from pruner_run.inference_flags import FLAGS
 
 MARK = "<!-- what follows is generated: pruner bench --report FILE... -->\n"
 _HEAD = "# Speed\n\n"
@@ -53,7 +54,7 @@ def _conditions(path: Path, results: Results) -> str:
     words = [
         f"{results.date[:10]}, {', '.join(devices)}, Python {results.host['python']}, "
         f"{', '.join(f'{name} {text}' for name, text in versions.items())}. "
-        f"Model {options['config']} in {options['dtype']}, {_weights(options)}. "
+        f"Model {options['config']} in {options['dtype']}, {_weights(options)}{_flags(options)}. "
         f"{bench_table.ceilings(results)}. From `{path}`."
     ]
     if not results.complete:
@@ -66,6 +67,12 @@ def _conditions(path: Path, results: Results) -> str:
 def _weights(options: Mapping[str, Any]) -> str:
     place = options["checkpoint"]
     return "random weights" if place is None else f"weights of {place}"
+
+
+def _flags(options: Mapping[str, Any]) -> str:
+    """Of the fast path, those that were given; the oldest files know of none."""
+    given = [f"`--{name}`" for name in FLAGS if options.get(name)]
+    return ", ".join(["", *given])
 
 
 def _alike(found: Sequence[Results]) -> list[Results]:

@@ -63,8 +63,9 @@ class Bench:
         """Starts another process, up to the second call of the first case."""
         if not any(row.backend == name and row.path == path for row in self._found.rows):
             return
-        few = dataclasses.replace(self._options.setup, calls=1, stages=False, accuracy=False)
-        job = dataclasses.replace(self._job(name, path, self._cases[:1]), setup=few)
+        job = self._job(name, path, self._cases[:1])
+        few = dataclasses.replace(job.setup, calls=1, stages=False, accuracy=False)
+        job = dataclasses.replace(job, setup=few)
         up: dict[str, Any] = {}
         with self._console.status(f"{name}, {path}: start {number}"):
             for event in bench_process.events(job):

@@ -23,6 +23,7 @@ from pruner_run.bench_accuracy import Answers, in_a_line
 from pruner_run.bench_cases import UNPRUNED, Case, Setup, inputs
 from pruner_run.bench_results import percentiles
 from pruner_spec.config import Pi0Config
+from pruner_spec.inference import InferenceSettings
 
 WARM_UP = 10  # calls before those that are timed, after the first two
 # Of the device that is measured: bytes to copy, and sides of matrices to multiply.
@@ -55,7 +56,9 @@ class Job:
         """From what `json.dumps` made of it as a dictionary."""
         data = json.loads(text)
         cases = tuple(Case(**case) for case in data["cases"])
-        return cls(**data | {"setup": Setup(**data["setup"]), "cases": cases})
+        settings = InferenceSettings(**data["setup"]["settings"])
+        setup = Setup(**data["setup"] | {"settings": settings})
+        return cls(**data | {"setup": setup, "cases": cases})
 
 
 def main() -> None:
@@ -179,7 +182,8 @@ class Measuring:
         self._probe.clear()
         started = time.perf_counter()
         weights, reading = bench_weights.clocked(self._job.setup.checkpoint)
-        model = self._backend.model(config, weights, fast=self._job.path == "fast")
+        fast, settings = self._job.path == "fast", self._job.setup.settings
+        model = self._backend.model(config, weights, fast=fast, settings=settings)
         self._config, self._model = config, model
         seconds = time.perf_counter() - started
         return model, {

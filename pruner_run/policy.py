@@ -32,6 +32,7 @@ from pruner_run.policy_source import local, open_policy_source
 from pruner_run.tokenizer import PromptTokenizer, load_tokenizer
 from pruner_spec.buckets import PROMPT_BUCKETS, bucket
 from pruner_spec.config import CAMERAS, Pi0Config
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import Observation
 from pruner_spec.randomness import UINT32_LIMIT, Stream, normal, stream_key
 
@@ -335,6 +336,7 @@ def load(
     max_batch: int = 1,
     robot: RobotName | None = None,
     inference: Literal["auto", "fast", "plain"] = "auto",
+    settings: InferenceSettings | None = None,
     warm_up: bool = True,
 ) -> Policy:
     """A policy from a checkpoint.
@@ -357,6 +359,7 @@ def load(
         robot: that the config must be of; None for any.
         inference: the way through the model: "fast" packs weights and captures what is launched,
             "plain" calls layer by layer. They differ by rounding. "auto" is fast on a GPU.
+        settings: of the fast way; None for the defaults. The plain way has none.
         warm_up: see `Policy.warm_up`.
 
     Raises:
@@ -364,6 +367,7 @@ def load(
         ValueError: the checkpoint is none or is not the config's, has no such statistics, or an
             argument does not fit.
     """
+    fast = _way(inference, settings)
     checkpoint_dir = local(checkpoint_dir)
     source = open_policy_source(checkpoint_dir, config, asset_id)
     data, model = source.config.data, source.config.model
@@ -378,8 +382,13 @@ def load(
     place = chosen.tokenizer_path if tokenizer_path is None else os.fspath(tokenizer_path)
     tokenizer = load_tokenizer(place, model)
     framework = backends.load(_chosen_backend(backend, source.framework))
+    if fast is None and framework.device == "cpu" and settings is not None and settings.changed:
+        logger.warning(
+            "on a CPU the way is plain, and reads no settings: inference='fast' reads %s",
+            _listed(settings),
+        )
     policy = Policy(
-        framework.model(model, checkpoint_dir, fast=_way(inference)),
+        framework.model(model, checkpoint_dir, fast=fast, settings=settings),
         chosen,
         source.stats,
         tokenizer,
@@ -410,12 +419,24 @@ def _chosen_backend(backend: str, own: str) -> str:
     return own if own in installed else installed[0]
 
 
-def _way(inference: str) -> bool | None:
-    """As `Backend.model` asks for it."""
+def _way(inference: str, settings: InferenceSettings | None) -> bool | None:
+    """As `Backend.model` asks for it.
+
+    Raises:
+        ValueError: there is none like it, or it has no such settings.
+    """
     ways = {"auto": None, "fast": True, "plain": False}
     if inference not in ways:
         raise ValueError(f"inference: expected one of {list(ways)}, got {inference!r}")
+    if inference == "plain" and settings is not None and settings.changed:
+        expected = f"expected 'auto' or 'fast' with {_listed(settings)}"
+        raise ValueError(f"inference: {expected}, got 'plain'")
     return ways[inference]
+
+
+def _listed(settings: InferenceSettings) -> str:
+    """Those that are not the defaults."""
+    return ", ".join(f"{name}={value}" for name, value in settings.changed.items())
 
 
 def _overridden(

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from pruner_run.inference_flags import InferenceFlags
+
 if TYPE_CHECKING:
     from pruner_run.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
+class PolicyOptions(InferenceFlags):
     """How a checkpoint becomes a policy.
 
     Attributes:
@@ -37,9 +39,14 @@ class PolicyOptions:
     seed: int = 0
 
     def load(self, checkpoint_dir: str, config: str | None, **others: Any) -> "Policy":
-        """The policy. Other arguments and errors are those of `policy.load`."""
+        """The policy. Other arguments and errors are those of `policy.load`.
+
+        Raises:
+            ValueError: a flag does not go with `inference`.
+        """
         from pruner_run import policy  # reads every config, which `pruner --help` need not
 
+        self.check_flags("inference", self.inference)
         return policy.load(
             checkpoint_dir,
             config,
@@ -50,6 +57,7 @@ class PolicyOptions:
             asset_id=self.asset_id,
             tokenizer_path=self.tokenizer,
             inference=self.inference,
+            settings=self.settings,
             num_steps=self.num_steps,
             seed=self.seed,
             **others,

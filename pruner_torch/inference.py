@@ -26,7 +26,7 @@ from torch import Tensor
 from pruner_spec.config import VisionVariant
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
-from pruner_torch import kernels, kernels_plain, sampling
+from pruner_torch import kernels, kernels_autotune, kernels_plain, sampling
 from pruner_torch.deployed import (
     Affine,
     Deployed,
@@ -87,6 +87,7 @@ class Sampler:
         self._weights, self._clock = deploy(model), clock_of(model)
         self._schedules: dict[int, Schedule] = {}
         self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
+        self._tuned: set[int] = set()  # lengths of the prefix
         # While something is being traced, `kernels` are `kernels_plain`.
         operations = kernels if self.settings.kernels else kernels_plain
         self._ways: Any = {"compiled": self.settings.compiled, "operations": operations}
@@ -166,6 +167,7 @@ class Sampler:
     ) -> Float[Tensor, "B H A"]:
         """See `sampling.Stages`."""
         self._rooms[_sizes(encoded)] = capacity
+        self._tune(_prefix_length(encoded, capacity))
         steps = self._schedule(num_steps)
 
         def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ class Sampler:
 
     def expected(self, encoded: "Encoded") -> int | None:
         """See `sampling.Stages`."""
-        return self._rooms.get(_sizes(encoded))
+        return self._rooms.get(_sizes(encoded)) if self.settings.guess else None
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
@@ -226,6 +228,7 @@ class Sampler:
         num_steps: int,
     ) -> Float[Tensor, "B H A"]:
         """See `sampling.Stages`."""
+        self._tune(cache.valid.shape[1])
         steps, layers = self._schedule(num_steps), len(cache.key)
 
         def call(state: Tensor, noise: Tensor, *standing: Tensor) -> Tensor:
@@ -249,6 +252,18 @@ class Sampler:
             return call(*fresh, *standing)
         shapes = tuple(tuple(x.shape) for x in (*fresh, *standing))
         return self._graphs((*key, shapes), call, fresh, standing)
+
+    def _tune(self, prefix: int) -> None:
+        """Times tiles, if asked to, before what reads so long a prefix is captured."""
+        launches = self.settings.kernels and not self.settings.compiled
+        if not (self.settings.autotune and launches) or prefix in self._tuned:
+            return
+        self._tuned.add(prefix)
+        config, expert = self.model.config, self.model.config.action_expert
+        has_kernel = config.pi05 and expert.num_kv_heads == 1  # see `_attend`
+        rows = config.suffix_length
+        keys = prefix + rows if has_kernel else None
+        kernels_autotune.autotune(self._weights.action, rows, keys, expert.head_dim)
 
     def _schedule(self, num_steps: int) -> Schedule:
         if num_steps not in self._schedules:
@@ -667,6 +682,12 @@ def _tensors(record: Any) -> tuple[Tensor, ...]:
 def _sizes(encoded: "Encoded") -> tuple[int, ...]:
     """On which the shapes of a call depend."""
     return *encoded.patches.shape[:2], encoded.prompt.shape[1]
+
+
+def _prefix_length(encoded: "Encoded", capacity: int | None) -> int:
+    """Tokens of the prefix, padding counted."""
+    cameras, patches = encoded.patches.shape[1:3]
+    return (cameras * patches if capacity is None else capacity) + encoded.prompt.shape[1]
 
 
 def _distance(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:

@@ -28,7 +28,7 @@ _streams: dict[torch.device, dict[int, int]] = {}
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have for itself."""
     if device.type != "cuda":
         return HOPPER
@@ -54,7 +54,7 @@ def _counters_of(device: torch.device) -> Tensor:
 
 
 def _tiles(name: str, x: Tensor, inputs: int, outputs: int) -> Tiles:
-    return product_tiles(name, len(x), inputs, outputs, x.itemsize, _shared_memory(x.device))
+    return product_tiles(name, len(x), inputs, outputs, x.itemsize, shared_memory(x.device))
 
 
 def _cut(tiles: Tiles, x: Tensor) -> dict[str, int]:
@@ -217,7 +217,7 @@ def attend(
     """`kernels.attend`."""
     batch, length, heads, head_dim = query.shape
     keys, device = key.shape[1], query.device
-    tiles = attention_tiles(batch, length * heads, keys, query.itemsize, _shared_memory(device))
+    tiles = attention_tiles(batch, length * heads, keys, query.itemsize, shared_memory(device))
     span = cdiv(cdiv(keys, tiles.parts), tiles.keys) * tiles.keys
     parts = cdiv(keys, span)  # none is empty
     width = max(power_of_two(head_dim), 16)

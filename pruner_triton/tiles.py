@@ -1,10 +1,19 @@
-"""How the kernels cut their work: fixed by size, so that a start needs no measurements."""
+"""How the kernels cut their work: fixed by size, so that a start needs no measurements.
+
+Who wants them has a few others timed on the GPU at hand, and the fastest used from then on in this
+process (`tune_product`, `tune_attention`): before what they cut is compiled or captured.
+"""
 
 import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 PROCESSORS = 132  # of an H100 or H200; on others the tiles are the same, and so are the bits
 HOPPER = 227 << 10  # bytes that a program may have for itself; 163 KiB on an A100, 99 on others
 COUNTERS = 4096  # the most tiles that a launch may share among programs
+
+logger = logging.getLogger(__name__)
 
 
 def cdiv(size: int, block: int) -> int:
@@ -60,6 +69,77 @@ TILES = {
     "gated": Tiles(columns=64, inner=64, stages=6),
     "merge": Tiles(columns=32, parts=4),
 }
+# What is timed beside them: the next best on an H200 (benchmarks/results/kernel_tiles_2026-11-26),
+# and smaller ones, for GPUs with less shared memory.
+CANDIDATES = {
+    "project": (
+        Tiles(columns=32, inner=64, stages=6),
+        Tiles(columns=32, warps=8),
+        Tiles(columns=32, inner=64, warps=8, stages=6),
+        Tiles(columns=16, stages=3),
+    ),
+    "gated": (
+        Tiles(columns=64, warps=8),
+        Tiles(columns=64),
+        Tiles(columns=32),
+        Tiles(columns=64, inner=64, warps=8, stages=6),
+    ),
+    "merge": (
+        Tiles(columns=32, inner=64, parts=4, stages=6),
+        Tiles(columns=16, parts=4),
+        Tiles(columns=16, parts=2),
+        Tiles(columns=16, inner=64, parts=4, stages=6),
+    ),
+}
+ATTENTION_CANDIDATES = (
+    AttentionTiles(16, parts=3, stages=1),
+    AttentionTiles(16, parts=5, stages=1),
+    AttentionTiles(16, parts=4, stages=3),
+    AttentionTiles(16, keys=32, parts=4, warps=4),
+    AttentionTiles(16, keys=32, parts=8, warps=4, stages=3),
+)
+
+# A kernel's name; of a product its block of rows, inputs, outputs and bytes of an element, of
+# attention the samples, rows, keys and bytes.
+Key = tuple[str, int, int, int, int]
+_AnyTiles = TypeVar("_AnyTiles", Tiles, AttentionTiles)
+_products: dict[Key, Tiles] = {}
+_attention: dict[Key, AttentionTiles] = {}
+
+
+def tune(
+    table: dict[Key, _AnyTiles],
+    key: Key,
+    candidates: Sequence[_AnyTiles],
+    seconds: Callable[[], float],
+) -> None:
+    """Tries candidates in a key's place, and leaves the fastest there; what is there stays.
+
+    Args:
+        table: of what was tuned.
+        key: see `Key`.
+        candidates: one that fails (for want of shared memory, say) is left out; where all do, the
+            table stays as it is.
+        seconds: how long what reads the table takes now.
+    """
+    if key in table or len(candidates) < 2:
+        return
+    times: dict[_AnyTiles, float] = {}
+    try:
+        for tiles in dict.fromkeys(candidates):
+            table[key] = tiles
+            try:
+                times[tiles] = seconds()
+            except Exception as error:  # a compiler's, a driver's: another candidate may run
+                logger.debug("%s: %s fails, %s", key, tiles, error)
+    finally:
+        del table[key]
+    if not times:
+        logger.warning("%s: none of the tiles that were tried runs", key)
+        return
+    table[key] = min(times, key=lambda tiles: times[tiles])
+    said = ", ".join(f"{1e6 * taken:.1f} µs {tiles}" for tiles, taken in times.items())
+    logger.debug("%s: %s of %s", key, table[key], said)
 
 
 def row_block(rows: int) -> int:
@@ -79,7 +159,33 @@ def product_tiles(
         itemsize: bytes of an element.
         shared: bytes that a program may have for itself.
     """
-    tiles, block = TILES[name], row_block(rows)
+    found = _products.get((name, row_block(rows), inputs, outputs, itemsize))
+    return found or _fitting(TILES[name], rows, inputs, outputs, itemsize, shared)
+
+
+def tune_product(
+    name: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    itemsize: int,
+    shared: int,
+    seconds: Callable[[], float],
+) -> None:
+    """Has `product_tiles` give the fastest from now on; see `tune` for `seconds`."""
+    candidates = [
+        _fitting(tiles, rows, inputs, outputs, itemsize, shared)
+        for tiles in (TILES[name], *CANDIDATES[name])
+    ]
+    key = (name, row_block(rows), inputs, outputs, itemsize)
+    tune(_products, key, candidates, seconds)
+
+
+def _fitting(
+    tiles: Tiles, rows: int, inputs: int, outputs: int, itemsize: int, shared: int
+) -> Tiles:
+    """Tiles for half precision and 64 rows, as these sizes can have them."""
+    block = row_block(rows)
     if itemsize > 2 or block > 64:
         # Twice the registers and bytes a tile: half the inputs at a time.
         tiles = dataclasses.replace(tiles, inner=tiles.inner // 2, warps=8)
@@ -103,6 +209,9 @@ def attention_tiles(
         itemsize: bytes of an element.
         shared: bytes that a program may have for itself.
     """
+    found = _attention.get(("attend", batch, rows, keys, itemsize))
+    if found is not None:
+        return found
     if itemsize > 2 or shared < 160 << 10:
         return AttentionTiles(16, keys=16)
     tiles = batch * cdiv(rows, 16)
@@ -110,3 +219,13 @@ def attention_tiles(
     if parts:
         return AttentionTiles(16, parts=parts)
     return AttentionTiles(64, keys=32, warps=4, stages=3)
+
+
+def tune_attention(
+    batch: int, rows: int, keys: int, itemsize: int, shared: int, seconds: Callable[[], float]
+) -> None:
+    """Has `attention_tiles` give the fastest from now on; see `tune` for `seconds`."""
+    # Without tensor cores a larger tile overflows the registers.
+    others = ATTENTION_CANDIDATES if itemsize <= 2 else ()
+    candidates = (attention_tiles(batch, rows, keys, itemsize, shared), *others)
+    tune(_attention, ("attend", batch, rows, keys, itemsize), candidates, seconds)

@@ -1,7 +1,9 @@
 """`pruner bench`: what it measures, writes and shows, with a tiny model on the CPU."""
 
 import dataclasses
+import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +18,13 @@ from pruner_run import bench, bench_cases, bench_process, bench_report, cli
 from pruner_run.bench_cases import Case, Setup
 from pruner_run.bench_picture import SWEEPS, along
 from pruner_run.bench_results import percentiles, read
+from pruner_run.bench_worker import Job, Measuring
+from pruner_run.inference_flags import FLAGS
+from pruner_spec.inference import InferenceSettings
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
+ONE = [*BACKENDS][-1]
 ROUNDING = tolerance("statistics", "float64")
 
 
@@ -133,6 +139,8 @@ def test_percentiles():
         ({"plain_calls": 0}, "plain_calls: expected at least 1, got 0"),
         ({"starts": 0}, "starts: expected at least 1, got 0"),
         ({"implicit_kept": 0}, "implicit_kept: expected at least 1, got 0"),
+        ({"path": "plain", "no_graphs": True}, "path: expected the fast way with --no_graphs"),
+        ({"backend": "jax", "compiled": True}, "backend: expected torch alone with --compiled"),
         ({"implicit_kept": 1000}, "token_prune_min_keep: expected at most the 256"),
     ],
 )
@@ -153,6 +161,32 @@ def test_a_gpu_that_is_not_there(tmp_path, capsys, monkeypatch):
     assert "device: expected a device for --device cuda" in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_the_fast_path(tmp_path, monkeypatch):
+    """They reach its workers, not the plain path's, and stand in the file and on the page."""
+    settings = "{name: float(value) for name, value in job['setup']['settings'].items()}"
+    pretend(monkeypatch, f"row['kept_per_camera'] = {settings}")
+    given = options(tmp_path, backend=ONE, path="both", no_guess=True, autotune=True, starts=2)
+    found = bench.measure(given, [Case()], Console(quiet=True))
+    changed, plain = (InferenceSettings(**row.kept_per_camera).changed for row in found.rows)
+    assert (changed, plain) == ({"guess": False, "autotune": True}, {})
+    told = {name: found.options[name] for name in FLAGS}
+    assert told == {**dict.fromkeys(FLAGS, False), "no_guess": True, "autotune": True}
+    page = bench_report.section(bench.Path("fast.json"), found)
+    assert "random weights, `--no_guess`, `--autotune`. " in page
+    assert "random weights. " in bench_report.section(bench.Path("old.json"), made_up())
+
+
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_a_worker_gives_settings_to_its_model(path):
+    setup = Setup(config="tiny", settings=InferenceSettings(graphs=False))
+    job = Job(backend=ONE, path=path, device="cpu", setup=setup, cases=(Case(),), started=0.0)
+    assert Job.from_json(json.dumps(dataclasses.asdict(job))) == job
+    backend = mock.Mock()
+    Measuring(job, backend, mock.Mock())._prepare(setup.model_config(Case()))
+    given = {"fast": path == "fast", "settings": setup.settings}
+    assert backend.model.call_args.kwargs == given
 
 
 def test_a_worker_that_dies_costs_its_row(tmp_path, monkeypatch):

@@ -11,8 +11,10 @@ from pruner_run import cli
 from pruner_run.configs import CONFIGS, TrainConfig
 from pruner_run.serve import Default
 from pruner_run.show import Shown
+from pruner_spec.inference import InferenceSettings
 
 REQUIRED = dataclasses.MISSING
+FLAGS = dict.fromkeys(("no_graphs", "no_kernels", "compiled", "no_guess", "autotune"), False)
 
 SURFACE: dict[str, dict[str, Any]] = {
     "convert": {
@@ -58,6 +60,7 @@ SURFACE: dict[str, dict[str, Any]] = {
         "asset_id": None,
         "tokenizer": None,
         "inference": "auto",
+        **FLAGS,
         "dtype": None,
         "num_steps": 10,
         "seed": 0,
@@ -105,6 +108,7 @@ SURFACE: dict[str, dict[str, Any]] = {
         "asset_id": None,
         "tokenizer": None,
         "inference": "auto",
+        **FLAGS,
         "num_steps": 10,
         "episodes": 10,
         "seed": 0,
@@ -128,6 +132,7 @@ SURFACE: dict[str, dict[str, Any]] = {
         "backend": None,
         "device": "cuda",
         "path": "fast",
+        **FLAGS,
         "accuracy": False,
         "checkpoint": None,
         "starts": 1,
@@ -223,6 +228,53 @@ def test_a_commands_options(name, capsys):
     said = capsys.readouterr().out
     options = [DOTTED.get(option, option) for option in SURFACE[name] if option not in POSITIONAL]
     assert [option for option in options if f"--{option}" not in said] == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "changed"),
+    [
+        ("no_graphs", {"graphs": False}),
+        ("no_kernels", {"kernels": False}),
+        ("compiled", {"compiled": True}),
+        ("no_guess", {"guess": False}),
+        ("autotune", {"autotune": True}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("line", "way"),
+    [
+        ("serve policy:checkpoint --policy.dir place", "inference"),
+        ("eval --policy.dir place", "inference"),
+        ("bench --device cpu --config tiny --backend torch --output OUT", "path"),
+    ],
+    ids=["serve", "eval", "bench"],
+)
+def test_flags_of_the_fast_way(line, way, flag, changed, tmp_path, monkeypatch, capsys):
+    """They reach `policy.load` and bench's workers; the plain way reads none."""
+    given = []
+
+    def load(*_, settings, **__):
+        given.append(settings)
+        raise ValueError("far enough")
+
+    def start(job, *_):
+        given.append(job.setup.settings)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr("pruner_run.policy.load", load)
+    monkeypatch.setattr("pruner_run.evaluate.run", lambda options: options.load("place", None))
+    monkeypatch.setattr("pruner_run.bench_process.events", start)
+    monkeypatch.setattr("pruner_run.bench_run.Bench.measure_ceilings", lambda *_: None)
+    arguments = line.replace("OUT", str(tmp_path / "out")).split()
+    first, rest = arguments[0], arguments[1:]
+    for options, expected in (([], {}), ([f"--{flag}"], changed)):
+        assert status_of([first, *options, *rest]) == cli.BAD_INPUT
+        assert given.pop() == InferenceSettings(**expected)
+    capsys.readouterr()
+    assert status_of([first, f"--{flag}", f"--{way}", "plain", *rest]) == cli.BAD_INPUT
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{way}: expected the fast way with --{flag}, got 'plain'" in said
+    assert given == []
 
 
 def test_the_trainers_options(capsys):

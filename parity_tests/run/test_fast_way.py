@@ -9,6 +9,7 @@ from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters
 from parity_tests.record import check
 from pruner_run import backend as backends
+from pruner_spec.inference import InferenceSettings
 
 CONFIG = tiny_config(dtype="float32", token_pruning_enabled=True)
 
@@ -37,9 +38,39 @@ def test_on_a_cpu_the_way_is_plain_unless_it_is_asked_for(name):
     assert isinstance(model(name, fast=None)._stages, sampling.PlainStages)
 
 
-def on_trial():
+CHANGES = ({"graphs": False}, {"kernels": False}, {"guess": False}, {"autotune": True})
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_settings_reach_the_sampler(name, changes):
+    settings = InferenceSettings(**changes)
+    assert settings.changed == changes
+    assert model(name, fast=True, settings=settings)._stages.settings == settings
+    assert model(name, fast=True)._stages.settings == InferenceSettings()
+
+
+def test_who_compiles_layers():
+    """PyTorch, if it is asked to; JAX says so before it reads a weight."""
+    settings = InferenceSettings(compiled=True)
+    if "torch" in BACKENDS:
+        assert model("torch", fast=True, settings=settings)._stages.settings.compiled
+    if "jax" in BACKENDS:
+        with pytest.raises(ValueError, match="compiled: expected False in JAX"):
+            backends.load("jax").model(CONFIG, "/nowhere", fast=True, settings=settings)
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
+def test_settings_reach_what_is_on_trial():
+    batch, settings = draw_batch(CONFIG), InferenceSettings(kernels=False)
+    tried = on_trial(settings=settings)
+    tried.warm_up(batch.observation, batch.noise, 2)
+    assert tried._stages.settings == settings
+
+
+def on_trial(**options):
     """PyTorch's model as it begins on a GPU."""
-    found = model("torch")
+    found = model("torch", **options)
     found._is_to_try = True
     return found
 

@@ -33,6 +33,7 @@ from pruner_run.kept_bits import kept_patches
 from pruner_run.policy_source import open_policy_source
 from pruner_run.tokenizer import load_tokenizer
 from pruner_spec.config import CAMERAS
+from pruner_spec.inference import InferenceSettings
 from pruner_spec.parameters import random_parameters
 from pruner_spec.training import TrainState
 
@@ -312,6 +313,26 @@ def test_budgets_in_place_of_the_configs(checkpoints):
         described(pruning=False, keep_tokens=3)
     with pytest.raises(ValueError, match="keep_ratio: expected at most one budget"):
         described(keep_ratio=0.5, keep_tokens=3)
+
+
+@needs_torch
+@backends
+def test_settings_of_the_fast_way(backend, checkpoints, caplog):
+    settings = InferenceSettings(guess=False, autotune=True)
+
+    def load(**options):
+        given = {"settings": settings, "warm_up": False, **options}
+        return policies.load(checkpoints["torch"], PRUNED, backend, **given)
+
+    assert load(inference="fast")._model._stages.settings == settings
+    assert not caplog.records
+    with pytest.raises(
+        ValueError, match="'auto' or 'fast' with guess=False, autotune=True, got 'p"
+    ):
+        load(inference="plain")
+    load(inference="plain", settings=InferenceSettings())
+    load()  # on a CPU
+    assert "on a CPU the way is plain" in caplog.text
 
 
 @needs_torch
