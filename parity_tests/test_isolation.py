@@ -152,6 +152,15 @@ def test_no_module_of_a_twin_names_the_other_framework(framework):
     assert not imported & (PACKAGES[other] | {"pruner_run", "parity_tests"})
 
 
+def test_the_kernels_name_no_framework():
+    """Of this project they know the spec alone: either twin launches them."""
+    files = sorted((ROOT / "pruner_triton").glob("*.py"))
+    imported = {name.partition(".")[0] for path in files for name in imports(path.read_text())}
+    assert {"triton", "pruner_spec"} <= imported
+    others = {"convert", "pruner_run", "parity_tests"}
+    assert not imported & (PACKAGES["jax"] | PACKAGES["torch"] | others)
+
+
 def imports(text: str) -> set[str]:
     """All modules that are imported anywhere in a module, given its text."""
     nodes = list(ast.walk(ast.parse(text)))

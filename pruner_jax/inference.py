@@ -147,6 +147,7 @@ class Sampler:
         encoded, selection = self.encode(there, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
             self.act(encoded, selection, there.state, noise, room, num_steps)
+        self._rooms.clear()  # none of these was an observation's
 
     def distance(
         self,
