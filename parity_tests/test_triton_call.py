@@ -25,7 +25,7 @@ from flax import nnx
 from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, DEVICE
 from parity_tests.tolerances import tolerance
-from pruner_jax import deployed, inference, kernels, triton_call
+from pruner_jax import deployed, forward, kernels, triton_call
 from pruner_jax.pi0 import Encoded, Pi0
 from pruner_spec.config import GemmaVariant
 
@@ -321,7 +321,7 @@ def test_a_layer_is_five_launches(monkeypatch, pi05):
         actions = jnp.zeros((2, config.action_horizon, config.action_dim))
         return weights, steps, encoded, model.select(encoded), actions[:, 0], actions
 
-    act = functools.partial(inference.act, model, operations=kernels)
+    act = functools.partial(forward.act, model, operations=kernels)
     traced = jax.jit(act, static_argnums=6).trace(*jax.eval_shape(inputs, state), None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     expected = 5 * depth + 2 if pi05 else 4 * depth + 1
@@ -338,7 +338,7 @@ def test_a_vision_block_is_four_launches(monkeypatch):
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
 
     def see(weights: Any, images: Any) -> Any:
-        return inference.see(weights, images, config.vision, model.dtype, kernels)
+        return forward.see(weights, images, config.vision, model.dtype, kernels)
 
     text = jax.jit(see).trace(weights, images).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(f"@{triton_call.TARGET}(") == 4 * config.vision.depth

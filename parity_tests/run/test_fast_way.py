@@ -101,7 +101,7 @@ def test_what_fails_its_trial_is_not_taken(monkeypatch, caplog, broken, said):
     """A compiler that fails on some GPU, or a kernel that is wrong there: actions are right."""
     batch = draw_batch(CONFIG)
     expected = model("torch").sample_actions(batch.observation, batch.noise, 2)
-    monkeypatch.setattr("pruner_torch.inference.denoise", broken)
+    monkeypatch.setattr("pruner_torch.forward.denoise", broken)
     tried = on_trial()
     with caplog.at_level(logging.WARNING):
         tried.warm_up(batch.observation, batch.noise, 2)

@@ -1,0 +1,424 @@
+"""What the fast way computes, over `Deployed` weights: from an observation to actions.
+
+What `sampling` computes, but for rounding. No layer is asked for what nobody reads (the last one of
+the prefix gives keys and values alone), keys and values are written where the denoising steps read
+them, and what every call would compute again is looked up. Small products and attention go through
+`operations`: `kernels`, Triton's on a GPU, or `kernels_plain`.
+
+Dimension letters: B batch, C cameras, N patches, L prompt tokens, S prefix, H suffix, T = S + H,
+D width, E width of the suffix, K heads, G kv heads, A action dim.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pruner_jax import kernels_plain, sampling
+from pruner_jax.deployed import (
+    Affine,
+    Deployed,
+    ExpertLayer,
+    Norm,
+    Schedule,
+    Vision,
+    VisionBlock,
+)
+from pruner_jax.gemma import Rotary, rotary
+from pruner_jax.kernels import OfStep, Rows
+from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
+from pruner_jax.pruner import Selection
+from pruner_jax.siglip import patchify
+from pruner_spec.config import VisionVariant
+
+if TYPE_CHECKING:
+    from pruner_jax.pi0 import Encoded, Pi0, Prefix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys (after RoPE) and values of the prefix, and room for those of the suffix.
+
+    Attributes:
+        key, value: one a layer.
+        valid: bool [B, S].
+        suffix: RoPE of the H tokens of the suffix.
+    """
+
+    key: tuple[Float[Array, "B T G head_dim"], ...]
+    value: tuple[Float[Array, "B T G head_dim"], ...]
+    valid: Bool[Array, "B S"]
+    suffix: Rotary
+
+
+def encode(
+    model: "Pi0",
+    weights: Deployed,
+    images: Float[Array, "B C 224 224 3"],
+    camera_mask: Bool[Array, "B C"],
+    prompt: Int[Array, "B L"],
+    prompt_mask: Bool[Array, "B L"],
+    operations: ModuleType = kernels_plain,
+) -> "tuple[Encoded, Selection]":
+    """Tokens, and which of them are kept.
+
+    Args:
+        model: of which no parameter is read.
+        weights: its parameters.
+        images, camera_mask, prompt, prompt_mask: see `Pi0.embed`.
+        operations: `kernels`, or `kernels_plain`.
+    """
+    encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask, operations)
+    return encoded, model.select(encoded)
+
+
+def embed(
+    model: "Pi0",
+    weights: Deployed,
+    images: Float[Array, "B C 224 224 3"],
+    camera_mask: Bool[Array, "B C"],
+    prompt: Int[Array, "B L"],
+    prompt_mask: Bool[Array, "B L"],
+    operations: ModuleType = kernels_plain,
+) -> "Encoded":
+    """`Pi0.embed`, over deployed weights."""
+    from pruner_jax.pi0 import Encoded  # here, since pi0 imports this module
+
+    variant, dtype = model.config.vision, model.dtype
+    together = images.reshape(-1, *images.shape[2:])
+    patches = see(weights.vision, together, variant, dtype, operations)
+    rows = weights.embedding[prompt].astype(dtype)
+    return Encoded(
+        patches=patches.reshape(*images.shape[:2], *patches.shape[1:]),
+        camera_mask=camera_mask,
+        prompt=rows * jnp.asarray(np.sqrt(rows.shape[-1]), dtype=dtype),
+        prompt_mask=prompt_mask,
+    )
+
+
+def act(
+    model: "Pi0",
+    weights: Deployed,
+    schedule: Schedule,
+    encoded: "Encoded",
+    selection: Selection,
+    state: Float[Array, "B A"],
+    noise: Float[Array, "B H A"],
+    capacity: int | None,
+    operations: ModuleType = kernels_plain,
+) -> Float[Array, "B H A"]:
+    """Actions, from the tokens and the selection of `encode`.
+
+    Args:
+        model: of which no parameter is read.
+        weights: its parameters.
+        schedule: its denoising steps.
+        encoded, selection: see `encode`.
+        state: of the robot; π0.5 reads it in the prompt.
+        noise: standard normal.
+        capacity: patches after pruning; None where nothing is pruned.
+        operations: `kernels`, or `kernels_plain`.
+    """
+    prefix = sampling.prune(model, encoded, selection, capacity)
+    cache = prefill(model, weights, prefix, operations)
+    return denoise(model, weights, schedule, cache, state, noise, operations)
+
+
+def see(
+    weights: Vision,
+    images: Float[Array, "B height width 3"],
+    variant: VisionVariant,
+    dtype: jnp.dtype,
+    operations: ModuleType = kernels_plain,
+) -> Float[Array, "B N D"]:
+    """The vision tower: `SigLip.__call__`."""
+    pixels = patchify(images.astype(wide(dtype)), variant.patch_size)
+    x = _affine(pixels, weights.patch_embedding).astype(dtype)
+    norms = [*(block.attention_norm for block in weights.blocks), weights.final_norm]
+    normed = _layer_norm(x, norms[0])
+    for block, following in zip(weights.blocks, norms[1:], strict=True):
+        x, normed = _vision_block(block, following, x, normed, variant.num_heads, operations)
+    return _affine(normed, weights.head)
+
+
+def prefill(
+    model: "Pi0", weights: Deployed, prefix: "Prefix", operations: ModuleType = kernels_plain
+) -> Cache:
+    """Keys and values of the prefix."""
+    config, head_dim = model.config, model.config.paligemma.head_dim
+    batch, length = prefix.valid.shape
+    angles = rotary(prefix.positions, head_dim, model.dtype)
+    room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
+    empty = jnp.zeros(room, model.dtype)
+    norms = [_own_norms(layer) for layer in weights.language]
+    first, *following = (each.attention_scale for each in norms)
+    rows = kernels_plain.scale_rows(prefix.tokens.reshape(batch * length, -1), first)
+    written = []
+    for layer, here, scale in zip(weights.language, norms, following, strict=False):
+        rows, *both = _prefix_layer(
+            layer, here, scale, rows, angles, prefix.valid, empty, operations
+        )
+        written.append(both)
+    written.append(_project_keys(weights.language[-1], rows, angles, empty))
+    key, value = zip(*written, strict=True)
+    place = jnp.arange(config.suffix_length)
+    suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
+    return Cache(key, value, prefix.valid, suffix)
+
+
+def denoise(
+    model: "Pi0",
+    weights: Deployed,
+    schedule: Schedule,
+    cache: Cache,
+    state: Float[Array, "B A"],
+    noise: Float[Array, "B H A"],
+    operations: ModuleType = kernels_plain,
+) -> Float[Array, "B H A"]:
+    """Euler steps from the noise at time 1 to the actions at time 0."""
+    mask, place = _suffix_mask(model, cache.valid), cache.valid.shape[1]
+    token = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    out = weights.action_out
+    assert out.bias is not None
+
+    def advance(carry: _Carry, step: Int[Array, ""]) -> tuple[_Carry, None]:
+        x, keys, values = carry
+        norms = _norms(weights, schedule, step)
+        scale, shift = _final_norm(weights, schedule, step)
+        first, *following = (*(each.attention_scale for each in norms), scale)
+        rows = _suffix_rows(model, weights, schedule, step, x, token, first, operations)
+        written = []
+        for i, layer in enumerate(weights.action):
+            past = keys[i], values[i]
+            rows, *both = _suffix_layer(
+                layer, norms[i], following[i], rows, cache.suffix, mask, past, place, operations
+            )
+            written.append(both)
+        kernel, bias = out.kernel, out.bias
+        x = operations.euler_step(rows, scale, shift, kernel, bias, x, schedule.step)
+        keys, values = zip(*written, strict=True)
+        return (x, keys, values), None
+
+    steps = jnp.arange(schedule.steps, dtype=jnp.int32)
+    (x, _, _), _ = jax.lax.scan(advance, (noise, cache.key, cache.value), steps)
+    return x
+
+
+# Actions, and the keys and values of all layers, whose last H a step writes anew.
+_Carry = tuple[Float[Array, "B H A"], tuple[Array, ...], tuple[Array, ...]]
+_Vector = Float[Array, "N"] | OfStep
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norms:
+    """Of one layer at one step; None where nothing is added, or a residual as it is."""
+
+    attention_scale: _Vector
+    attention_added: _Vector | None
+    attention_gate: _Vector | None
+    mlp_scale: _Vector
+    mlp_added: _Vector | None
+    mlp_gate: _Vector | None
+
+
+def _own_norms(layer: ExpertLayer) -> _Norms:
+    assert layer.attention_scale is not None
+    assert layer.mlp_scale is not None
+    return _Norms(layer.attention_scale, None, None, layer.mlp_scale, None, None)
+
+
+def _norms(weights: Deployed, schedule: Schedule, step: Int[Array, ""]) -> tuple[_Norms, ...]:
+    """The layers' own, or the schedule's."""
+    if not schedule.attention:
+        return tuple(_own_norms(layer) for layer in weights.action)
+    return tuple(
+        _Norms(
+            *(OfStep(table, step) for table in (attention.scale, attention.added, attention.gate)),
+            *(OfStep(table, step) for table in (mlp.scale, mlp.added, mlp.gate)),
+        )
+        for attention, mlp in zip(schedule.attention, schedule.mlp, strict=True)
+    )
+
+
+def _final_norm(
+    weights: Deployed, schedule: Schedule, step: Int[Array, ""]
+) -> tuple[_Vector, _Vector | None]:
+    """Scale and shift."""
+    if schedule.final is None or schedule.final.shift is None:
+        assert weights.final_norm is not None
+        return weights.final_norm.scale, None
+    return OfStep(schedule.final.scale, step), OfStep(schedule.final.shift, step)
+
+
+def _suffix_rows(
+    model: "Pi0",
+    weights: Deployed,
+    schedule: Schedule,
+    step: Int[Array, ""],
+    x: Float[Array, "B H A"],
+    token: Float[Array, "B 1 E"] | None,
+    scale: _Vector,
+    operations: ModuleType,
+) -> Rows:
+    """`Pi0.embed_suffix_at`; `token` is π0's of the state, `scale` the first norm's."""
+    action_in = weights.action_in
+    if schedule.time is None or weights.time_in is None or weights.time_out is None:
+        return operations.embed_actions(x, action_in.kernel, action_in.bias, scale, model.dtype)
+    assert token is not None
+    tokens = _affine(_affine(x, action_in), weights.time_in) + schedule.time[step]
+    tokens = jnp.concatenate([token, _affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
+    tokens = tokens.reshape(-1, tokens.shape[-1])
+    return operations.scale_rows(tokens.astype(model.dtype), scale)
+
+
+def _prefix_layer(
+    layer: ExpertLayer,
+    norms: _Norms,
+    following: _Vector,
+    rows: Rows,
+    angles: Rotary,
+    valid: Bool[Array, "B S"],
+    empty: Float[Array, "B T G head_dim"],
+    operations: ModuleType,
+) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """A layer of the language model; its keys and values are written into `empty`.
+
+    A library multiplies many rows best. Nobody reads what padding attends to, so that a mask of
+    keys is enough.
+    """
+    head_dim = 2 * angles.cos.shape[-1]
+    query, key, value = kernels_plain.project(
+        rows, layer.qkv, None, *_tables(angles), empty, empty, 0, len(layer.out) // head_dim
+    )
+    attended = _attend(query, key, value, valid[:, None], operations)
+    rows = _mlp(layer, norms, following, rows, attended, kernels_plain)
+    return rows, key, value
+
+
+def _suffix_layer(
+    layer: ExpertLayer,
+    norms: _Norms,
+    following: _Vector,
+    rows: Rows,
+    angles: Rotary,
+    mask: Bool[Array, "B _ T"],
+    past: tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]],
+    place: int,
+    operations: ModuleType,
+) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """A layer of the action expert; its keys and values are those in `past` from `place` on."""
+    layer = _inputs_first(layer)
+    heads = len(layer.out) // past[0].shape[-1]
+    query, key, value = operations.project(
+        rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
+    )
+    attended = _attend(query, key, value, mask, operations)
+    rows = _mlp(layer, norms, following, rows, attended, operations)
+    return rows, key, value
+
+
+def _mlp(
+    layer: ExpertLayer,
+    norms: _Norms,
+    following: _Vector,
+    rows: Rows,
+    attended: Float[Array, "B S K*head_dim"],
+    operations: ModuleType,
+) -> Rows:
+    """What comes after attention; `following` is the scale of the norm after the layer."""
+    attended = attended.reshape(len(rows.x), -1)
+    rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
+    gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
+    return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
+
+
+def _project_keys(
+    layer: ExpertLayer, rows: Rows, angles: Rotary, empty: Float[Array, "B T G head_dim"]
+) -> tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
+    """Of the last layer of the prefix nobody reads more than keys and values."""
+    outputs = 2 * empty.shape[2] * empty.shape[3]
+    kernel = layer.qkv[:, -outputs:]
+    return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
+
+
+def _inputs_first(layer: ExpertLayer) -> ExpertLayer:
+    """A layer of the action expert as the operations are given it; nothing moves."""
+    names = ("qkv", "out", "gate_up", "down")
+    return dataclasses.replace(layer, **{name: getattr(layer, name).T for name in names})
+
+
+def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
+    return angles.cos[:, :, 0], angles.sin[:, :, 0]
+
+
+def _vision_block(
+    block: VisionBlock,
+    following: Norm,
+    x: Float[Array, "B N D"],
+    normed: Float[Array, "B N D"],
+    num_heads: int,
+    operations: ModuleType,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """A block's output, and that through the norm of the block that follows; so are its inputs.
+
+    Whoever reads a product adds its bias.
+    """
+    qkv = normed @ block.qkv.kernel
+    attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
+    x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
+    activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
+    return _add_layer_norm(x, activated, block.down, following, operations)
+
+
+def _add_layer_norm(
+    x: Float[Array, "B N D"],
+    y: Float[Array, "B N inputs"],
+    affine: Affine,
+    norm: Norm,
+    operations: ModuleType,
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+    """x + affine(y), and its layer norm."""
+    product, bias = y @ affine.kernel, affine.bias
+    vectors = (bias, norm.scale, norm.shift)
+    return operations.add_layer_norm(x, product, *vectors, LAYER_NORM_EPSILON)
+
+
+def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:
+    """Who of the suffix may attend to whom; one row where all see the same."""
+    batch, length = valid.shape
+    size = model.config.suffix_length
+    before = jnp.concatenate([valid, jnp.ones((batch, size), bool)], axis=1)[:, None]
+    if model.config.pi05:
+        return before
+    place = jnp.arange(length + size)
+    return before & (place <= jnp.where(place[length:, None] == length, length, length + size))
+
+
+def _affine(x: Float[Array, "*batch inputs"], affine: Affine) -> Float[Array, "*batch outputs"]:
+    y = x @ affine.kernel
+    return y if affine.bias is None else y + affine.bias
+
+
+def _layer_norm(x: Float[Array, "B N D"], norm: Norm) -> Float[Array, "B N D"]:
+    assert norm.shift is not None
+    return kernels_plain.layer_norm(x, norm.scale, norm.shift, LAYER_NORM_EPSILON)
+
+
+def _attend(
+    query: Float[Array, "B S K head_dim"],
+    key: Float[Array, "B T G head_dim"],
+    value: Float[Array, "B T G head_dim"],
+    mask: Bool[Array, "B _ _"],
+    operations: ModuleType,
+) -> Float[Array, "B S K*head_dim"]:
+    """Softmax attention of queries that are scaled already, to as many keys as the mask has."""
+    if key.shape[2] == 1 and mask.shape[1] == 1:
+        return operations.attend(query, key, value, mask[:, 0])
+    keys = mask.shape[2]
+    everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], keys))
+    return attend(query, key[:, :keys], value[:, :keys], everyone)
