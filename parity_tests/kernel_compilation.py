@@ -118,7 +118,7 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
         return last[-1]
 
     shared = SHARED[capability]
-    limited = mock.patch.object(kernels_launch, "_shared_memory", return_value=shared)
+    limited = mock.patch.object(kernels_launch, "shared_memory", return_value=shared)
     with limited, mock.patch.object(JITFunction, "run", only_compile):
         for name, launch in launches().items():
             launch()
