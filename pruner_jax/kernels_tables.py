@@ -63,7 +63,7 @@ def merge(
             gate += now * GATE_STRIDE
     rows.merge(
         x, kernel, residual, gate, scale, counters, out, scaled, squares, partials, COUNT,
-        INPUTS, OUTPUTS, INPUTS, OUTPUTS, HAS_GATE, True, ROWS, COLUMNS, INNER, PARTS,
+        INPUTS, OUTPUTS, INPUTS, OUTPUTS, HAS_GATE, ROWS, COLUMNS, INNER, PARTS,
     )  # fmt: skip
 
 

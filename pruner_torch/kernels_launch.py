@@ -202,7 +202,7 @@ def merge(
     rows.merge[(blocks[0], tiles.parts, blocks[1])](
         x, kernel, residual, gate, scale, _counters_of(x.device), out, scaled, squares,
         partials, len(x), x.stride(0), residual.stride(0), INPUTS=inputs, OUTPUTS=outputs,
-        HAS_GATE=gate is not None, HAS_SCALE=True, PARTS=tiles.parts,
+        HAS_GATE=gate is not None, PARTS=tiles.parts,
         **_cut(tiles, x),
     )  # fmt: skip
     return Rows(out, scaled, squares)

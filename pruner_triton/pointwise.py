@@ -7,25 +7,7 @@ are applied to what comes out.
 
 import triton.language as tl
 
-from pruner_triton.language import EPSILON, gelu, jit, load_squares, norm_factor, turn
-
-
-@jit
-def normalize(
-    x, scale, shift, out, x_stride,
-    WIDTH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A row over its root mean square, times a scale, plus a shift."""
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    inside = i < WIDTH
-    y = tl.load(x + row * x_stride + i, mask=inside, other=0).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / WIDTH + EPSILON)
-    if HAS_SCALE:
-        y *= tl.load(scale + i, mask=inside, other=0)
-    if HAS_SHIFT:
-        y += tl.load(shift + i, mask=inside, other=0)
-    tl.store(out + row * WIDTH + i, y.to(out.dtype.element_ty), mask=inside)
+from pruner_triton.language import gelu, jit, load_squares, norm_factor, turn
 
 
 @jit

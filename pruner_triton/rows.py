@@ -137,7 +137,7 @@ def gated(
 @jit
 def write_merged(
     total, column_gate, next_scale, before, out, scaled, squares, row, rows, is_row,
-    tile, column, inside, OUTPUTS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    tile, column, inside, OUTPUTS: tl.constexpr, HAS_GATE: tl.constexpr,
 ):  # fmt: skip
     if HAS_GATE:
         total *= column_gate[None, :]
@@ -146,10 +146,9 @@ def write_merged(
     rounded = total.to(out.dtype.element_ty)
     to = row[:, None] * OUTPUTS + column[None, :]
     tl.store(out + to, rounded, mask=inside)
-    if HAS_SCALE:
-        x = tl.where(inside, rounded.to(tl.float32), 0)
-        tl.store(squares + tile * rows + row, tl.sum(x * x, axis=1), mask=is_row)
-        tl.store(scaled + to, (x * next_scale[None, :]).to(out.dtype.element_ty), mask=inside)
+    x = tl.where(inside, rounded.to(tl.float32), 0)
+    tl.store(squares + tile * rows + row, tl.sum(x * x, axis=1), mask=is_row)
+    tl.store(scaled + to, (x * next_scale[None, :]).to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -157,7 +156,7 @@ def merge(
     x, kernel, residual, gate, scale, counters, out, scaled, squares, partials,
     rows, x_stride, residual_stride,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """residual + (x · kernel) · gate; and that times a scale, and the sums of its squares.
@@ -176,9 +175,7 @@ def merge(
     column_gate = column
     if HAS_GATE:
         column_gate = tl.load(gate + column, mask=is_column, other=0).to(tl.float32)
-    next_scale = column
-    if HAS_SCALE:
-        next_scale = tl.load(scale + column, mask=is_column, other=0)
+    next_scale = tl.load(scale + column, mask=is_column, other=0)
     before = residual + row[:, None] * residual_stride + column[None, :]
     before = tl.load(before, mask=inside, other=0)
     total = product(
@@ -189,7 +186,7 @@ def merge(
     if PARTS == 1:
         write_merged(
             total, column_gate, next_scale, before, out, scaled, squares, row, rows,
-            row < rows, tl.program_id(0), column, inside, OUTPUTS, HAS_GATE, HAS_SCALE,
+            row < rows, tl.program_id(0), column, inside, OUTPUTS, HAS_GATE,
         )  # fmt: skip
     else:
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -203,7 +200,7 @@ def merge(
                 total += tl.load(mine + other * AREA, cache_modifier=".cg")
             write_merged(
                 total, column_gate, next_scale, before, out, scaled, squares, row,
-                rows, row < rows, tl.program_id(0), column, inside, OUTPUTS, HAS_GATE, HAS_SCALE,
+                rows, row < rows, tl.program_id(0), column, inside, OUTPUTS, HAS_GATE,
             )  # fmt: skip
 
 
