@@ -1,4 +1,5 @@
-"""What `kernels_pruner` and `add_layer_norm` compute, held against the reference and the plain way.
+"""What `kernels_pruner`, `add_layer_norm` and `kernels_float8` compute, held against the reference
+and the plain way.
 
 Run as a program, it tries every case and prints what it found as JSON: in a process of its own,
 since Triton is told to interpret before it is imported. Around the inputs is NaN.
@@ -18,7 +19,15 @@ from torch import Tensor
 from parity_tests.cases import BUDGETS, PRUNER_CASES, PRUNING, tiny_config
 from parity_tests.harness import DEVICE, error
 from pruner_spec import pruner as reference
-from pruner_torch import kernels, kernels_plain, kernels_pruner, kernels_vision, pruner
+from pruner_torch import (
+    float8,
+    kernels,
+    kernels_float8,
+    kernels_plain,
+    kernels_pruner,
+    kernels_vision,
+    pruner,
+)
 from pruner_torch.pi0 import Encoded, Pi0
 
 FULL = DEVICE == "cuda"
@@ -159,7 +168,36 @@ def layer_norms() -> Iterator[Row]:
             }
 
 
-FAMILIES = {family.__name__: family for family in (scores, elections, prefixes, layer_norms)}
+def float8_rows() -> Iterator[Row]:
+    """Rows of all sizes, one of zeros; the shares of other values, and the product of all."""
+    generator, launch = np.random.default_rng(9), kernels_float8.quantize_rows
+    for dtype in DTYPES:
+        for rows, width in ((3, 1152), (5, 80), (1, 16), (110, 2048), (2, 4304)):
+            values = generator.standard_normal((rows, width))
+            values *= 10.0 ** generator.integers(-6, 6, (rows, 1))
+            values[rows // 2] *= rows == 1
+            x, plain = surrounded(values, dtype), there(generator.standard_normal((width, 48)))
+            kernel = float8.quantize(plain)
+            bias = there(generator.standard_normal(48)).to(x.dtype)
+            with mock.patch.object(kernels_float8, "quantize_rows", wraps=launch) as called:
+                product = kernels.product(x, kernel, bias)
+            found, expected = launch(x), float8.quantize_rows(x)
+            a, b = (double(each.values) * double(each.scale)[:, None] for each in (found, kernel))
+            others = found.values.float() != expected.values.float()
+            size = np.maximum(double(expected.scale)[:, None], 1)
+            yield {
+                "case": f"{rows} x {width}",
+                "dtype": dtype,
+                "called": called.call_count == 1,
+                "scales": same(found.scale, expected.scale),
+                "others": float(others.double().mean()),
+                "product": error(double(product) / size, (a @ b.T + double(bias)) / size),
+            }
+
+
+FAMILIES = {
+    family.__name__: family for family in (scores, elections, prefixes, layer_norms, float8_rows)
+}
 
 
 def main() -> None:

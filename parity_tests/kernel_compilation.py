@@ -7,6 +7,7 @@ products on tensor cores. Triton compiles without a driver once it is told the t
 launched.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -24,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pruner_torch import kernels_launch
+from pruner_torch import kernels_float8, kernels_launch
 from pruner_torch.kernels_plain import Rows
 
 # Shared memory that a program may have, by compute capability: A100; RTX 4090; H100 and H200.
@@ -101,10 +102,19 @@ def prefix() -> dict[str, Callable[[], Any]]:
     }
 
 
-def launches() -> dict[str, Callable[[], Any]]:
+def float8() -> dict[str, Callable[[], Any]]:
+    """Of products in float8, which GPUs have from Ada on."""
+    inputs = {width: empty(968, width) for width in (1152, 4304, 16384)}
+    return {
+        f"quantize_rows, {width}": functools.partial(kernels_float8.quantize_rows, x)
+        for width, x in inputs.items()
+    }
+
+
+def launches(capability: int) -> dict[str, Callable[[], Any]]:
     """All of them; of a step for one sample and for two, whose rows are more than 64."""
     two = {f"{name}, 2 samples": launch for name, launch in step(2).items()}
-    return step(1) | two | prefix()
+    return step(1) | two | prefix() | (float8() if capability >= 89 else {})
 
 
 def compiled(capability: int) -> Iterator[dict[str, Any]]:
@@ -120,7 +130,7 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
     shared = SHARED[capability]
     limited = mock.patch.object(kernels_launch, "shared_memory", return_value=shared)
     with limited, mock.patch.object(JITFunction, "run", only_compile):
-        for name, launch in launches().items():
+        for name, launch in launches(capability).items():
             launch()
             yield {"launch": name} | usage(last[-1])
 

@@ -1,4 +1,5 @@
-"""The Triton kernels of the pruner and of the vision tower; `fused_cases` has the cases."""
+"""The Triton kernels of the pruner, of the vision tower and of float8; `fused_cases` has the
+cases."""
 
 import functools
 import importlib.util
@@ -64,6 +65,17 @@ def test_a_sum_and_its_layer_norm():
     for row in found()["layer_norms"]:
         assert row["called"], row
         assert max(row["total"], row["error"]) <= tolerance(level, row["dtype"]), row
+
+
+def test_rows_in_float8():
+    """The scales of the plain way, but for a GPU's division its values, and their product."""
+    level = "float8 rows" if DEVICE == "cuda" else "float8 rows, interpreted"
+    assert len(found()["float8_rows"]) == 10
+    for row in found()["float8_rows"]:
+        assert row["called"], row
+        assert row["scales"], row
+        assert row["others"] <= tolerance(level, row["dtype"]), row
+        assert row["product"] <= tolerance("kernel", row["dtype"]), row
 
 
 WIDE, ROW = torch.zeros(2, 3, 8), torch.zeros(8)

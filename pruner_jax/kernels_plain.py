@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pruner_jax import layers
+from pruner_jax import float8, layers
+from pruner_jax.float8 import Quantized
 from pruner_jax.gemma import RMS_EPSILON
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
@@ -59,7 +60,7 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Row
 
 def project(
     rows: Rows,
-    kernel: Float[Array, "D N"],
+    kernel: Float[Array, "D N"] | Quantized,
     added: Float[Array, "N"] | OfStep | None,
     cos: Float[Array, "B S half"],
     sin: Float[Array, "B S half"],
@@ -79,7 +80,9 @@ def project(
 
 
 def gated(
-    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | OfStep | None
+    rows: Rows,
+    gate_up: Float[Array, "D 2*F"] | Quantized,
+    added: Float[Array, "2*F"] | OfStep | None,
 ) -> Float[Array, "R F"]:
     """`kernels.gated`."""
     gate, up = jnp.split(_normed(rows, gate_up, added), 2, axis=-1)
@@ -88,7 +91,7 @@ def gated(
 
 def merge(
     x: Float[Array, "R F"],
-    kernel: Float[Array, "F D"],
+    kernel: Float[Array, "F D"] | Quantized,
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | OfStep | None,
     scale: Float[Array, "D"] | OfStep,
@@ -191,15 +194,19 @@ def _factor(rows: Rows) -> Float[Array, "R 1"]:
     return jax.lax.rsqrt(mean + RMS_EPSILON)
 
 
-def _product(x: Float[Array, "R D"], kernel: Float[Array, "D N"]) -> Float[Array, "R N"]:
+def _product(
+    x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized
+) -> Float[Array, "R N"]:
     """In `wide` precision; of many rows rounded before."""
     wide = layers.wide(x.dtype)
+    if isinstance(kernel, Quantized):
+        return float8.product(x, kernel).astype(wide)
     kept = wide if len(x) <= MAX_ROWS else x.dtype
     return jnp.matmul(x, kernel, preferred_element_type=kept).astype(wide)
 
 
 def _normed(
-    rows: Rows, kernel: Float[Array, "D N"], added: Float[Array, "N"] | OfStep | None
+    rows: Rows, kernel: Float[Array, "D N"] | Quantized, added: Float[Array, "N"] | OfStep | None
 ) -> Float[Array, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
     product = _product(rows.scaled, kernel) * _factor(rows)

@@ -9,7 +9,7 @@ something is being traced, the functions compute the same with PyTorch's operati
 (`kernels_plain`). The kernels themselves are `pruner_triton`'s, which JAX launches too.
 
 A product of few rows takes a `kernel` whose outputs lie first in memory: a transposed copy's view,
-`kernel.T.contiguous().T`. Any other goes to a library.
+`kernel.T.contiguous().T`. Any other goes to a library, and so does one in float8.
 
 No gradients. Safe in CUDA graphs: nothing waits for the host, and memory is PyTorch's allocator's.
 The first call with new sizes compiles (seconds, kept on disk by Triton) and must come before the
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pruner_torch import kernels_checks as checks
 from pruner_torch import kernels_plain as plain
+from pruner_torch.float8 import Quantized
 from pruner_torch.kernels_plain import Rows
 
 MAX_ROWS = 128  # above, a library's product is as fast
@@ -62,6 +63,26 @@ def _launch() -> ModuleType:
     return kernels_launch
 
 
+def product(
+    x: Float[Tensor, "*batch D"],
+    kernel: Float[Tensor, "D N"] | Quantized,
+    bias: Float[Tensor, "N"] | None = None,
+) -> Float[Tensor, "*batch N"]:
+    """x · kernel + bias, a library's; what Triton does is to round x where the kernel is in float8.
+
+    Args:
+        x: of many rows.
+        kernel: of x's dtype, or in float8.
+        bias: of x's dtype; None for none.
+    """
+    if not available(x):
+        return plain.product(x, kernel, bias)
+    from pruner_torch import kernels_float8  # here, since it imports Triton
+
+    with torch.cuda.device_of(x):
+        return kernels_float8.product(x, kernel, bias)
+
+
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
     """Hidden states as a norm with this scale takes them.
 
@@ -82,7 +103,7 @@ def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
 
 def project(
     rows: Rows,
-    kernel: Float[Tensor, "D N"],
+    kernel: Float[Tensor, "D N"] | Quantized,
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
@@ -123,7 +144,7 @@ def project(
 
 
 def gated(
-    rows: Rows, gate_up: Float[Tensor, "D 2*F"], added: Float[Tensor, "2*F"] | None
+    rows: Rows, gate_up: Float[Tensor, "D 2*F"] | Quantized, added: Float[Tensor, "2*F"] | None
 ) -> Float[Tensor, "R F"]:
     """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
 
@@ -147,7 +168,7 @@ def gated(
 
 def merge(
     x: Float[Tensor, "R F"],
-    kernel: Float[Tensor, "F D"],
+    kernel: Float[Tensor, "F D"] | Quantized,
     residual: Float[Tensor, "R D"],
     gate: Float[Tensor, "D"] | None,
     scale: Float[Tensor, "D"],
@@ -156,7 +177,7 @@ def merge(
 
     Args:
         x: its rows may lie apart, their elements not.
-        kernel: of x's dtype.
+        kernel: of x's dtype, or in float8.
         residual: like x.
         gate: of any dtype; None for 1.
         scale: of the norm that follows, as in `scale_rows`.
@@ -176,7 +197,7 @@ def merge(
     with torch.cuda.device_of(x):
         if _is_of_few(x, kernel):
             return _launch().merge(x, kernel, residual, gate, scale)
-        return _launch().add_scaled(residual, x @ kernel, gate, scale)
+        return _launch().add_scaled(residual, product(x, kernel), gate, scale)
 
 
 def attend(
@@ -299,6 +320,8 @@ def add_layer_norm(
         return kernels_vision.add_layer_norm(x, y, scale, shift, epsilon)
 
 
-def _is_of_few(x: Tensor, kernel: Tensor) -> bool:
+def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:
     """Whether one launch computes the product of x with a kernel."""
+    if isinstance(kernel, Quantized):
+        return False
     return 0 < len(x) <= MAX_ROWS and kernel.stride(0) == 1 and kernel.stride(1) == len(kernel)

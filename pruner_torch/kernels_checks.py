@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from pruner_torch.float8 import Quantized
+
 
 def check_rows(x: Tensor) -> None:
     if x.ndim != 2:
@@ -21,17 +23,17 @@ def check_columns(name: str, values: Tensor | None, width: int) -> None:
         raise ValueError(f"expected a {name} of {[width]}, adjacent, got {found}")
 
 
-def check_halves(name: str, x: Tensor) -> None:
+def check_halves(name: str, x: Tensor | Quantized) -> None:
     if x.shape[1] % 2:
         raise ValueError(f"expected {name} of an even width, got {list(x.shape)}")
 
 
-def check_product(x: Tensor, kernel: Tensor) -> None:
+def check_product(x: Tensor, kernel: Tensor | Quantized) -> None:
     check_rows(x)
-    if kernel.ndim != 2 or kernel.shape[0] != x.shape[1]:
+    if len(kernel.shape) != 2 or kernel.shape[0] != x.shape[1]:
         found = list(kernel.shape)
         raise ValueError(f"expected a kernel of {x.shape[1]} inputs, got {found}")
-    if kernel.dtype != x.dtype:
+    if not isinstance(kernel, Quantized) and kernel.dtype != x.dtype:
         raise ValueError(f"expected a kernel in {x.dtype}, got {kernel.dtype}")
 
 

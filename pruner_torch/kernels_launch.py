@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pruner_torch.float8 import Quantized
+from pruner_torch.kernels_float8 import product
 from pruner_torch.kernels_plain import Rows
 from pruner_triton import attention, pointwise, rows
 from pruner_triton.tiles import (
@@ -125,7 +127,7 @@ def project(
 
 def rotate(
     given: Rows,
-    kernel: Float[Tensor, "D N"],
+    kernel: Float[Tensor, "D N"] | Quantized,
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
@@ -136,7 +138,7 @@ def rotate(
 ) -> Float[Tensor, "B S K H"]:
     """`kernels.project`, around a library's product."""
     (batch, length), (groups, head_dim) = cos.shape[:2], key.shape[2:]
-    qkv = (given.scaled @ kernel).view(batch, length, -1)
+    qkv = product(given.scaled, kernel).view(batch, length, -1)
     query = qkv.new_empty(batch, length, num_heads, head_dim)
     pointwise.rotate[(batch * length,)](
         qkv, given.squares, added, cos, sin, query, key, value, batch * length, length, place,
@@ -167,10 +169,10 @@ def gated(
 
 
 def gelu_product(
-    given: Rows, kernel: Float[Tensor, "D 2*F"], added: Float[Tensor, "2*F"] | None
+    given: Rows, kernel: Float[Tensor, "D 2*F"] | Quantized, added: Float[Tensor, "2*F"] | None
 ) -> Float[Tensor, "R F"]:
     """`kernels.gated`, around a library's product."""
-    gate_up = given.scaled @ kernel
+    gate_up = product(given.scaled, kernel)
     count, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(count, width)
     # 8 elements, 16 bytes, a thread of each half: 4 programs a row of F = 4096, 16 of 16384.

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_torch import layers
+from pruner_torch import float8, layers
+from pruner_torch.float8 import Quantized
 from pruner_torch.gemma import RMS_EPSILON
 
 
@@ -32,6 +33,19 @@ class Rows:
     squares: Float[Tensor, "P R"]
 
 
+def product(
+    x: Float[Tensor, "*batch D"],
+    kernel: Float[Tensor, "D N"] | Quantized,
+    bias: Float[Tensor, "N"] | None = None,
+) -> Float[Tensor, "*batch N"]:
+    """`kernels.product`."""
+    if bias is None:
+        return float8.product(x, kernel)
+    if isinstance(kernel, Quantized):
+        return float8.product(x, kernel) + bias
+    return F.linear(x, kernel.T, bias)
+
+
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
     """`kernels.scale_rows`."""
     wide = x.to(layers.wide(x.dtype))
@@ -40,7 +54,7 @@ def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
 
 def project(
     rows: Rows,
-    kernel: Float[Tensor, "D N"],
+    kernel: Float[Tensor, "D N"] | Quantized,
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
@@ -60,7 +74,7 @@ def project(
 
 
 def gated(
-    rows: Rows, gate_up: Float[Tensor, "D 2*F"], added: Float[Tensor, "2*F"] | None
+    rows: Rows, gate_up: Float[Tensor, "D 2*F"] | Quantized, added: Float[Tensor, "2*F"] | None
 ) -> Float[Tensor, "R F"]:
     """`kernels.gated`."""
     gate, up = _normed(rows, gate_up, added).chunk(2, dim=-1)
@@ -69,15 +83,15 @@ def gated(
 
 def merge(
     x: Float[Tensor, "R F"],
-    kernel: Float[Tensor, "F D"],
+    kernel: Float[Tensor, "F D"] | Quantized,
     residual: Float[Tensor, "R D"],
     gate: Float[Tensor, "D"] | None,
     scale: Float[Tensor, "D"],
 ) -> Rows:
     """`kernels.merge`."""
-    product = (x @ kernel).to(layers.wide(x.dtype))
-    product = product if gate is None else product * gate
-    return scale_rows((residual + product).to(residual.dtype), scale)
+    added = product(x, kernel).to(layers.wide(x.dtype))
+    added = added if gate is None else added * gate
+    return scale_rows((residual + added).to(residual.dtype), scale)
 
 
 def attend(
@@ -140,11 +154,11 @@ def _factor(rows: Rows) -> Float[Tensor, "R 1"]:
 
 
 def _normed(
-    rows: Rows, kernel: Float[Tensor, "D N"], added: Float[Tensor, "N"] | None
+    rows: Rows, kernel: Float[Tensor, "D N"] | Quantized, added: Float[Tensor, "N"] | None
 ) -> Float[Tensor, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
-    product = (rows.scaled @ kernel).to(rows.squares.dtype) * _factor(rows)
-    return product if added is None else product + added
+    normed = product(rows.scaled, kernel).to(rows.squares.dtype) * _factor(rows)
+    return normed if added is None else normed + added
 
 
 def _turned(

@@ -1,0 +1,94 @@
+"""Products of float8 values: half of bfloat16's bytes, and on a GPU from Ada on twice its rate.
+
+float8_e4m3fn has four bits of precision and reaches from 2^-9 to 448. So each row of an input and
+each output of a kernel has a scale of its own, by which its largest value becomes 448; a product is
+multiplied by both. Kernels are rounded when they are deployed, inputs where they are read.
+
+A scale is a product with 1 / 448 and a row is multiplied by the reciprocal of its own: operations
+that both backends round alike.
+
+Dimension letters: R rows, D inputs, N outputs.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pruner_jax import triton_call
+from pruner_jax.layers import wide
+
+LARGEST = 448.0
+SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Rows in float8; of a kernel they are its outputs, as a library reads them.
+
+    Attributes:
+        values: in float8_e4m3fn.
+        scale: float32, by which a row's values are to be multiplied.
+    """
+
+    values: Float[Array, "N D"]
+    scale: Float[Array, "N"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A kernel's: inputs and outputs."""
+        return self.values.shape[1], self.values.shape[0]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def quantize(kernel: Float[Array, "D N"]) -> Quantized:
+    """A kernel, a scale an output."""
+    return quantize_rows(kernel.T)
+
+
+def quantize_rows(x: Float[Array, "R D"]) -> Quantized:
+    """An input, a scale a row. A row that is not finite gives a product that is not."""
+    rows = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(rows).max(axis=-1), SMALLEST) * (1 / LARGEST)
+    return Quantized((rows * (1 / scale)[:, None]).astype(jnp.float8_e4m3fn), scale)
+
+
+def last_outputs(
+    kernel: Float[Array, "D N"] | Quantized, count: int
+) -> Float[Array, "D count"] | Quantized:
+    """The part of a kernel that its last outputs come from."""
+    if isinstance(kernel, Quantized):
+        return Quantized(kernel.values[-count:], kernel.scale[-count:])
+    return kernel[:, -count:]
+
+
+def product(
+    x: Float[Array, "*batch D"], kernel: Float[Array, "D N"] | Quantized
+) -> Float[Array, "*batch N"]:
+    """x · kernel, in x's dtype."""
+    if not isinstance(kernel, Quantized):
+        return x @ kernel
+    rows, high = quantize_rows(x.reshape(-1, x.shape[-1])), wide(x.dtype)
+    y = _multiply(rows, kernel, x.dtype).astype(high)
+    y = y * rows.scale[:, None] * kernel.scale
+    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Array, "R N"]:
+    """Without the scales. XLA makes cuBLAS' product of float8 of it, where the GPU has one.
+
+    Scales that it could hand on are scalars; ours it multiplies by where the result is read. Large
+    results are written in the model's dtype: rounding does not mind that the scales come after.
+    """
+    if triton_call.capability() >= 89:
+        kept = jnp.float32 if dtype == jnp.float64 else dtype
+        operands = rows.values, kernel.values
+    else:
+        kept = wide(dtype)
+        operands = rows.values.astype(kept), kernel.values.astype(kept)
+    by_inputs = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(*operands, by_inputs, preferred_element_type=kept)

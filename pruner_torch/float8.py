@@ -1,0 +1,115 @@
+"""Products of float8 values: half of bfloat16's bytes, and on a GPU from Ada on twice its rate.
+
+float8_e4m3fn has four bits of precision and reaches from 2^-9 to 448. So each row of an input and
+each output of a kernel has a scale of its own, by which its largest value becomes 448; a product is
+multiplied by both. Kernels are rounded when they are deployed, inputs where they are read.
+
+A scale is a product with 1 / 448 and a row is multiplied by the reciprocal of its own: operations
+that both backends round alike.
+
+Dimension letters: R rows, D inputs, N outputs.
+"""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruner_torch.layers import wide
+
+LARGEST = 448.0
+SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Rows in float8; of a kernel they are its outputs, as a library reads them.
+
+    Attributes:
+        values: in float8_e4m3fn.
+        scale: float32, by which a row's values are to be multiplied.
+    """
+
+    values: Float[Tensor, "N D"]
+    scale: Float[Tensor, "N"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A kernel's: inputs and outputs."""
+        return self.values.shape[1], self.values.shape[0]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def quantize(kernel: Float[Tensor, "D N"]) -> Quantized:
+    """A kernel, a scale an output."""
+    return quantize_rows(kernel.T)
+
+
+def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:
+    """An input, a scale a row. A row that is not finite gives a product that is not."""
+    rows = x.to(torch.float32)
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) * (1 / LARGEST)
+    return Quantized(_cast(rows * scale.reciprocal()), scale[:, 0])
+
+
+def last_outputs(
+    kernel: Float[Tensor, "D N"] | Quantized, count: int
+) -> Float[Tensor, "D count"] | Quantized:
+    """The part of a kernel that its last outputs come from."""
+    if isinstance(kernel, Quantized):
+        return Quantized(kernel.values[-count:], kernel.scale[-count:])
+    return kernel[:, -count:]
+
+
+def product(
+    x: Float[Tensor, "*batch D"], kernel: Float[Tensor, "D N"] | Quantized
+) -> Float[Tensor, "*batch N"]:
+    """x · kernel, rounded once to x's dtype where a library multiplies float8."""
+    if not isinstance(kernel, Quantized):
+        return x @ kernel
+    rows = quantize_rows(x.reshape(-1, x.shape[-1]))
+    return multiply(rows, kernel, x.dtype).view(*x.shape[:-1], -1)
+
+
+def multiply(
+    rows: Quantized, kernel: Quantized, dtype: torch.dtype, bias: Float[Tensor, "N"] | None = None
+) -> Float[Tensor, "R N"]:
+    """rows · kernel + bias: by cuBLAS where it can, and else in `wide` precision.
+
+    Args:
+        rows: an input.
+        kernel: of as many inputs.
+        dtype: of the result.
+        bias: in that dtype.
+    """
+    if _has_library(kernel, dtype):
+        return torch._scaled_mm(
+            rows.values,
+            kernel.values.T,
+            scale_a=rows.scale[:, None],
+            scale_b=kernel.scale[None],
+            bias=bias,
+            out_dtype=dtype,
+            use_fast_accum=True,
+        )
+    high = wide(dtype)
+    y = rows.values.to(high) @ kernel.values.to(high).T
+    y = y * rows.scale[:, None] * kernel.scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _has_library(kernel: Quantized, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS, or CUTLASS in its place, multiplies these."""
+    values = kernel.values
+    if not values.is_cuda or torch.version.hip is not None or dtype != torch.bfloat16:
+        return False
+    fits = values.shape[0] % 16 == 0 and values.shape[1] % 16 == 0
+    return fits and torch.cuda.get_device_capability(values.device) >= (8, 9)
+
+
+def _cast(x: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+    """In float8, a row after the other in memory."""
+    return x.to(torch.float8_e4m3fn).contiguous()
