@@ -29,6 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pruner_jax import gemma, siglip
+from pruner_jax.float8 import quantize
 from pruner_jax.layers import LayerNorm, Linear, constant, wide
 from pruner_spec.flow import euler_step, euler_time_embeddings
 
@@ -65,7 +66,7 @@ class Norm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisionBlock:
-    """A block of the vision tower; `qkv` is [D, 3*D]."""
+    """A block of the vision tower; `qkv` is [D, 3*D]. Kernels may be `Quantized`."""
 
     attention_norm: Norm
     qkv: Affine
@@ -135,7 +136,8 @@ class Deployed:
     Attributes:
         vision: the tower.
         embedding: [vocabulary, D], as it is in the model.
-        language: a layer each; of the last one inference needs keys and values alone.
+        language: a layer each, whose kernels may be `Quantized`; of the last one inference needs
+            keys and values alone.
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
@@ -196,8 +198,14 @@ class Schedule:
     time: Float[Array, "T E"] | None = None
 
 
-def deploy(model: "Pi0") -> Deployed:
-    """The weights of a model; those that nothing is done to are the model's own arrays."""
+def deploy(model: "Pi0", float8: bool = False) -> Deployed:
+    """The weights of a model; those that nothing is done to are the model's own arrays.
+
+    Args:
+        model: whose weights these are.
+        float8: whether products of many rows are of `Quantized` kernels: those of the vision
+            tower's blocks and of the language model.
+    """
     dtype, config = model.dtype, model.config
     high = wide(dtype)
     final_scale = _rms_scale(model.gemma.action.final_norm, dtype)
@@ -210,9 +218,9 @@ def deploy(model: "Pi0") -> Deployed:
             "time_out": _affine(model.action_time_mlp_out, high),
         }
     return Deployed(
-        vision=_vision(model.vision, dtype),
+        vision=_vision(model.vision, dtype, float8),
         embedding=model.gemma.embedder.embedding[...],
-        language=_of_each(model.gemma.language.layers, lambda layer: _layer(layer, dtype)),
+        language=_of_each(model.gemma.language.layers, lambda layer: _layer(layer, dtype, float8)),
         action=_of_each(
             model.gemma.action.layers, lambda layer: _outputs_first(_layer(layer, dtype))
         ),
@@ -294,22 +302,22 @@ def _modulation(
     return Modulation(1 + scale, added, gate.astype(dtype))
 
 
-def _vision(tower: siglip.SigLip, dtype: jnp.dtype) -> Vision:
+def _vision(tower: siglip.SigLip, dtype: jnp.dtype, float8: bool) -> Vision:
     patches = _affine(tower.patch_embedding, wide(dtype))
     assert patches.bias is not None
     positions = tower.position_embedding[...].astype(wide(dtype))
     return Vision(
         patch_embedding=Affine(patches.kernel, patches.bias + positions),
-        blocks=_of_each(tower.blocks, lambda block: _vision_block(block, dtype)),
+        blocks=_of_each(tower.blocks, lambda block: _vision_block(block, dtype, float8)),
         final_norm=_layer_norm(tower.final_norm, dtype),
         head=_affine(tower.head, dtype),
     )
 
 
-def _vision_block(block: Any, dtype: jnp.dtype) -> VisionBlock:
+def _vision_block(block: Any, dtype: jnp.dtype, float8: bool) -> VisionBlock:
     attention = block.attention
     parts = [_affine(part, dtype) for part in (attention.query, attention.key, attention.value)]
-    return VisionBlock(
+    found = VisionBlock(
         attention_norm=_layer_norm(block.attention_norm, dtype),
         qkv=Affine(
             jnp.concatenate([part.kernel for part in parts], axis=-1),
@@ -320,6 +328,7 @@ def _vision_block(block: Any, dtype: jnp.dtype) -> VisionBlock:
         up=_affine(block.mlp.up, dtype),
         down=_affine(block.mlp.down, dtype),
     )
+    return _block_in_float8(found) if float8 else found
 
 
 def _of_each(layers: nnx.Module, function: Callable[[Any], Part]) -> tuple[Part, ...]:
@@ -337,11 +346,11 @@ def _modulation_of(layer: Any, name: str, dtype: jnp.dtype) -> Affine:
     return _affine(getattr(layer, name).modulation, dtype)
 
 
-def _layer(layer: Any, dtype: jnp.dtype) -> ExpertLayer:
+def _layer(layer: Any, dtype: jnp.dtype, float8: bool = False) -> ExpertLayer:
     attention, mlp = layer.attention, layer.mlp
     parts = [_merged(part, dtype) for part in (attention.query, attention.key, attention.value)]
     parts[0] = parts[0] * attention.head_dim**-0.5
-    return ExpertLayer(
+    found = ExpertLayer(
         attention_scale=_rms_scale(layer.attention_norm, dtype),
         qkv=jnp.concatenate(parts, axis=-1),
         out=_merged(attention.out, dtype),
@@ -349,6 +358,20 @@ def _layer(layer: Any, dtype: jnp.dtype) -> ExpertLayer:
         gate_up=jnp.concatenate([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], axis=-1),
         down=_merged(mlp.down, dtype),
     )
+    return _layer_in_float8(found) if float8 else found
+
+
+def _block_in_float8(block: VisionBlock) -> VisionBlock:
+    affines: dict[str, Any] = {name: getattr(block, name) for name in ("qkv", "out", "up", "down")}
+    for name, affine in affines.items():
+        affines[name] = dataclasses.replace(affine, kernel=quantize(affine.kernel))
+    return dataclasses.replace(block, **affines)
+
+
+def _layer_in_float8(layer: ExpertLayer) -> ExpertLayer:
+    names = ("qkv", "out", "gate_up", "down")
+    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in names}
+    return dataclasses.replace(layer, **kernels)
 
 
 def _merged(linear: Linear, dtype: jnp.dtype) -> Float[Array, "inputs outputs"]:

@@ -28,6 +28,7 @@ from pruner_jax.deployed import (
     Vision,
     VisionBlock,
 )
+from pruner_jax.float8 import last_outputs, product
 from pruner_jax.gemma import Rotary, rotary
 from pruner_jax.kernels import OfStep, Rows
 from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
@@ -342,7 +343,7 @@ def _project_keys(
 ) -> tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """Of the last layer of the prefix nobody reads more than keys and values."""
     outputs = 2 * empty.shape[2] * empty.shape[3]
-    kernel = layer.qkv[:, -outputs:]
+    kernel = last_outputs(layer.qkv, outputs)
     return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
 
 
@@ -368,10 +369,10 @@ def _vision_block(
 
     Whoever reads a product adds its bias.
     """
-    qkv = normed @ block.qkv.kernel
+    qkv = product(normed, block.qkv.kernel)
     attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
     x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
-    activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
+    activated = operations.gelu_bias(product(normed, block.up.kernel), block.up.bias)
     return _add_layer_norm(x, activated, block.down, following, operations)
 
 
@@ -383,9 +384,8 @@ def _add_layer_norm(
     operations: ModuleType,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
     """x + affine(y), and its layer norm."""
-    product, bias = y @ affine.kernel, affine.bias
-    vectors = (bias, norm.scale, norm.shift)
-    return operations.add_layer_norm(x, product, *vectors, LAYER_NORM_EPSILON)
+    vectors = (affine.bias, norm.scale, norm.shift)
+    return operations.add_layer_norm(x, product(y, affine.kernel), *vectors, LAYER_NORM_EPSILON)
 
 
 def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:

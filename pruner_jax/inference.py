@@ -51,7 +51,7 @@ class Sampler:
         graph, state = nnx.split(model)
         # Without parameters, so that those of the model may go; the record is the model's.
         self.model = nnx.merge(graph, jax.eval_shape(lambda: state))
-        weights = self._weights = deploy(model)
+        weights = self._weights = deploy(model, self.settings.float8)
         self._clock = clock_of(model)
         # Each array that a function is handed takes its time: none that it does not read.
         nothing = jax.tree.map(lambda _: None, weights.vision)

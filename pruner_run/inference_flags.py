@@ -18,6 +18,8 @@ class InferenceFlags:
         no_guess: wait for the device to count the kept patches, in the place of trying as many as
             in the last call. With a budget there is nothing to guess.
         autotune: time a few other tiles of the Triton kernels at the start, and keep the fastest.
+        float8: round the vision tower's and the language model's weights to float8, and what they
+            are multiplied by: faster on a GPU from Ada on, and less precise.
     """
 
     no_graphs: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -25,6 +27,7 @@ class InferenceFlags:
     compiled: tyro.conf.FlagCreatePairsOff[bool] = False
     no_guess: tyro.conf.FlagCreatePairsOff[bool] = False
     autotune: tyro.conf.FlagCreatePairsOff[bool] = False
+    float8: tyro.conf.FlagCreatePairsOff[bool] = False
 
     @property
     def settings(self) -> InferenceSettings:
@@ -35,6 +38,7 @@ class InferenceFlags:
             compiled=self.compiled,
             guess=not self.no_guess,
             autotune=self.autotune,
+            float8=self.float8,
         )
 
     def check_flags(self, option: str, way: str) -> None:

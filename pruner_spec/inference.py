@@ -1,4 +1,7 @@
-"""How a deployed model computes. None of it changes what is computed, but for rounding."""
+"""How a deployed model computes. None of it changes what is computed, but for rounding.
+
+float8 rounds far more coarsely than the rest.
+"""
 
 import dataclasses
 from typing import Any
@@ -20,6 +23,8 @@ class InferenceSettings:
             has counted them; what was guessed wrong is computed again.
         autotune: time a few other tiles of the kernels on this GPU before they are captured, and
             keep the fastest for this process.
+        float8: products of many rows, the vision tower's and the language model's, of float8
+            weights and inputs: faster, where a GPU multiplies them, and less precise.
     """
 
     graphs: bool = True
@@ -28,6 +33,7 @@ class InferenceSettings:
     compiled: bool = False
     guess: bool = True
     autotune: bool = False
+    float8: bool = False
 
     def __post_init__(self) -> None:
         if self.max_graphs < 1:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_torch import gemma, siglip
+from pruner_torch.float8 import quantize
 from pruner_torch.layers import LayerNorm, Linear, constant, wide
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class VisionBlock:
-    """A block of the vision tower; `qkv` is [D, 3*D]."""
+    """A block of the vision tower; `qkv` is [D, 3*D]. Kernels may be `Quantized`."""
 
     attention_norm: Norm
     qkv: Affine
@@ -122,7 +123,8 @@ class Deployed:
     Attributes:
         vision: the tower.
         embedding: [vocabulary, D], as it is in the model.
-        language: a layer each; of the last one inference needs keys and values alone.
+        language: a layer each, whose kernels may be `Quantized`; of the last one inference needs
+            keys and values alone.
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
@@ -178,8 +180,14 @@ class Schedule:
 
 
 @torch.no_grad()
-def deploy(model: "Pi0") -> Deployed:
-    """The weights of a model; those that nothing is done to are the model's own arrays."""
+def deploy(model: "Pi0", float8: bool = False) -> Deployed:
+    """The weights of a model; those that nothing is done to are the model's own arrays.
+
+    Args:
+        model: whose weights these are.
+        float8: whether products of many rows are of `Quantized` kernels: those of the vision
+            tower's blocks and of the language model.
+    """
     dtype, config = model.dtype, model.config
     high = wide(dtype)
     final_scale = _rms_scale(model.gemma.action.final_norm, dtype)
@@ -192,9 +200,9 @@ def deploy(model: "Pi0") -> Deployed:
             "time_out": _affine(model.action_time_mlp_out, high),
         }
     return Deployed(
-        vision=_vision(model.vision, dtype),
+        vision=_vision(model.vision, dtype, float8),
         embedding=model.gemma.embedder.embedding,
-        language=_layers(model.gemma.language, dtype),
+        language=_layers(model.gemma.language, dtype, float8),
         action=tuple(_outputs_first(layer) for layer in _layers(model.gemma.action, dtype)),
         final_norm=None if final_scale is None else Norm(final_scale),
         action_in=_affine(model.action_in_proj, high),
@@ -271,22 +279,22 @@ def _modulations(
     return tuple(found)
 
 
-def _vision(tower: siglip.SigLip, dtype: torch.dtype) -> Vision:
+def _vision(tower: siglip.SigLip, dtype: torch.dtype, float8: bool) -> Vision:
     patches = _affine(tower.patch_embedding, wide(dtype))
     assert patches.bias is not None
     positions = tower.position_embedding.to(wide(dtype))
     return Vision(
         patch_embedding=Affine(patches.kernel, patches.bias + positions),
-        blocks=tuple(_vision_block(block, dtype) for block in tower.blocks),
+        blocks=tuple(_vision_block(block, dtype, float8) for block in tower.blocks),
         final_norm=_layer_norm(tower.final_norm, dtype),
         head=_affine(tower.head, dtype),
     )
 
 
-def _vision_block(block: Any, dtype: torch.dtype) -> VisionBlock:
+def _vision_block(block: Any, dtype: torch.dtype, float8: bool) -> VisionBlock:
     attention = block.attention
     parts = [_affine(part, dtype) for part in (attention.query, attention.key, attention.value)]
-    return VisionBlock(
+    found = VisionBlock(
         attention_norm=_layer_norm(block.attention_norm, dtype),
         qkv=Affine(
             torch.cat([part.kernel for part in parts], dim=-1),
@@ -297,16 +305,19 @@ def _vision_block(block: Any, dtype: torch.dtype) -> VisionBlock:
         up=_affine(block.mlp.up, dtype),
         down=_affine(block.mlp.down, dtype),
     )
+    return _block_in_float8(found) if float8 else found
 
 
-def _layers(expert: gemma.Expert, dtype: torch.dtype) -> tuple[ExpertLayer, ...]:
-    return tuple(_layer(layer, dtype) for layer in expert.layers)
+def _layers(
+    expert: gemma.Expert, dtype: torch.dtype, float8: bool = False
+) -> tuple[ExpertLayer, ...]:
+    return tuple(_layer(layer, dtype, float8) for layer in expert.layers)
 
 
-def _layer(layer: Any, dtype: torch.dtype) -> ExpertLayer:
+def _layer(layer: Any, dtype: torch.dtype, float8: bool = False) -> ExpertLayer:
     attention, mlp = layer.attention, layer.mlp
     query = _merged(attention.query, dtype) * attention.head_dim**-0.5
-    return ExpertLayer(
+    found = ExpertLayer(
         attention_scale=_rms_scale(layer.attention_norm, dtype),
         qkv=torch.cat([query, _merged(attention.key, dtype), _merged(attention.value, dtype)], -1),
         out=_merged(attention.out, dtype),
@@ -314,6 +325,20 @@ def _layer(layer: Any, dtype: torch.dtype) -> ExpertLayer:
         gate_up=torch.cat([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], dim=-1),
         down=_merged(mlp.down, dtype),
     )
+    return _layer_in_float8(found) if float8 else found
+
+
+def _block_in_float8(block: VisionBlock) -> VisionBlock:
+    affines: dict[str, Any] = {name: getattr(block, name) for name in ("qkv", "out", "up", "down")}
+    for name, affine in affines.items():
+        affines[name] = dataclasses.replace(affine, kernel=quantize(affine.kernel))
+    return dataclasses.replace(block, **affines)
+
+
+def _layer_in_float8(layer: ExpertLayer) -> ExpertLayer:
+    names = ("qkv", "out", "gate_up", "down")
+    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in names}
+    return dataclasses.replace(layer, **kernels)
 
 
 def _merged(linear: Linear, dtype: torch.dtype) -> Float[Tensor, "inputs outputs"]:

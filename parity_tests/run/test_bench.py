@@ -167,14 +167,14 @@ def test_settings_of_the_fast_path(tmp_path, monkeypatch):
     """They reach its workers, not the plain path's, and stand in the file and on the page."""
     settings = "{name: float(value) for name, value in job['setup']['settings'].items()}"
     pretend(monkeypatch, f"row['kept_per_camera'] = {settings}")
-    given = options(tmp_path, backend=ONE, path="both", no_guess=True, autotune=True, starts=2)
+    given = options(tmp_path, backend=ONE, path="both", no_guess=True, float8=True, starts=2)
     found = bench.measure(given, [Case()], Console(quiet=True))
     changed, plain = (InferenceSettings(**row.kept_per_camera).changed for row in found.rows)
-    assert (changed, plain) == ({"guess": False, "autotune": True}, {})
+    assert (changed, plain) == ({"guess": False, "float8": True}, {})
     told = {name: found.options[name] for name in FLAGS}
-    assert told == {**dict.fromkeys(FLAGS, False), "no_guess": True, "autotune": True}
+    assert told == {**dict.fromkeys(FLAGS, False), "no_guess": True, "float8": True}
     page = bench_report.section(bench.Path("fast.json"), found)
-    assert "random weights, `--no_guess`, `--autotune`. " in page
+    assert "random weights, `--no_guess`, `--float8`. " in page
     assert "random weights. " in bench_report.section(bench.Path("old.json"), made_up())
 
 

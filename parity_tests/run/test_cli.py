@@ -14,7 +14,9 @@ from pruner_run.show import Shown
 from pruner_spec.inference import InferenceSettings
 
 REQUIRED = dataclasses.MISSING
-FLAGS = dict.fromkeys(("no_graphs", "no_kernels", "compiled", "no_guess", "autotune"), False)
+FLAGS = dict.fromkeys(
+    ("no_graphs", "no_kernels", "compiled", "no_guess", "autotune", "float8"), False
+)
 
 SURFACE: dict[str, dict[str, Any]] = {
     "convert": {
@@ -238,6 +240,7 @@ def test_a_commands_options(name, capsys):
         ("compiled", {"compiled": True}),
         ("no_guess", {"guess": False}),
         ("autotune", {"autotune": True}),
+        ("float8", {"float8": True}),
     ],
 )
 @pytest.mark.parametrize(

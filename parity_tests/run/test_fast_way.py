@@ -38,7 +38,10 @@ def test_on_a_cpu_the_way_is_plain_unless_it_is_asked_for(name):
     assert isinstance(model(name, fast=None)._stages, sampling.PlainStages)
 
 
-CHANGES = ({"graphs": False}, {"kernels": False}, {"guess": False}, {"autotune": True})
+CHANGES = (
+    *({name: False} for name in ("graphs", "kernels", "guess")),
+    *({name: True} for name in ("autotune", "float8")),
+)
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
