@@ -174,6 +174,26 @@ def test_what_is_in_float8(backend):
     assert kernel.values.nbytes == other.nbytes // 4
 
 
+@pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
+def test_what_xla_is_given(monkeypatch):
+    """A product of float8 as it is, which is also what it computes; in float32 one of float32."""
+    import jax
+    import jax.numpy as jnp
+
+    module = BACKENDS["jax"].module("float8")
+    monkeypatch.setattr(BACKENDS["jax"].module("triton_call"), "capability", lambda: 90)
+    generator = np.random.default_rng(10)
+    kernel = module.quantize(jnp.asarray(generator.standard_normal((64, 48)), jnp.float32))
+    x = jnp.asarray(generator.standard_normal((7, 64)), jnp.bfloat16)
+    product = jax.jit(module.product)
+    text = product.lower(x, kernel).as_text()
+    assert "(tensor<7x64xf8E4M3FN>, tensor<48x64xf8E4M3FN>) -> tensor<7x48xbf16>" in text
+    found, expected = (np.asarray(product(each, kernel)) for each in (x, x.astype(jnp.float32)))
+    check("float8 product", "bfloat16", "jax", error(found.astype(np.float64), expected))
+    text = product.lower(x.astype(jnp.float32), kernel).as_text()
+    assert "(tensor<7x64xf32>, tensor<48x64xf32>) -> tensor<7x48xf32>" in text
+
+
 @pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
 @pytest.mark.parametrize("rows", [1, 7])
 def test_what_cublas_is_given(rows, monkeypatch):

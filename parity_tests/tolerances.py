@@ -26,7 +26,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
     # A product of float8 against float64 of what was rounded, each row over its input's size; and
     # against that of the operands themselves, over the largest number of all: of 41 terms, each
     # of two numbers that are rounded by up to 1/16.
-    "float8 product": {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2**-8, "rounding": 0.05},
+    "float8 product": {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2**-7, "rounding": 0.05},
     # JAX against PyTorch where products are of float8. What differs by rounding may be rounded to
     # another float8, 1/8 away: hardly ever from float64, and here and there from float32.
     "float8 actions": {"float64": 1e-9, "float32": 2e-2},

@@ -79,16 +79,14 @@ def product(
 
 
 def _multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Array, "R N"]:
-    """Without the scales. XLA makes cuBLAS' product of float8 of it, where the GPU has one.
+    """Without the scales: by cuBLAS where it can, and else in `wide` precision.
 
-    Scales that it could hand on are scalars; ours it multiplies by where the result is read. Large
-    results are written in the model's dtype: rounding does not mind that the scales come after.
+    XLA could hand on a scale for all rows. By ours it multiplies where the result is read, which is
+    written in bfloat16: a rounding does not mind that they come after it.
     """
-    if triton_call.capability() >= 89:
-        kept = jnp.float32 if dtype == jnp.float64 else dtype
-        operands = rows.values, kernel.values
-    else:
-        kept = wide(dtype)
-        operands = rows.values.astype(kept), kernel.values.astype(kept)
     by_inputs = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(*operands, by_inputs, preferred_element_type=kept)
+    operands = rows.values, kernel.values
+    if dtype == jnp.bfloat16 and triton_call.capability() >= 89:
+        return jax.lax.dot_general(*operands, by_inputs, preferred_element_type=dtype)
+    x, y = (each.astype(wide(dtype)) for each in operands)
+    return jax.lax.dot_general(x, y, by_inputs)
