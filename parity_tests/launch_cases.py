@@ -5,6 +5,7 @@ Triton interprets: in a process of its own, since it is told so before it is imp
 then a callback, in compiled functions too.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,8 @@ from pruner_jax import (
 )
 from pruner_jax.deployed import ExpertLayer
 from pruner_jax.inference import Sampler
-from pruner_jax.kernels_plain import OfStep, Rows
+from pruner_jax.kernels_plain import Rows
+from pruner_jax.tables import TableRow
 from pruner_spec.config import GemmaVariant
 from pruner_spec.inference import InferenceSettings
 from pruner_triton import tiles
@@ -50,7 +52,11 @@ def interpreted(
 ) -> tuple[Any, ...]:
     """`triton_call`, by Triton's interpreter; what a kernel has not written is NaN."""
     aliases = aliases or {}
-    arrays = {name: value for name, value in arguments.items() if isinstance(value, jax.Array)}
+    arrays = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, jax.Array | np.ndarray)
+    }
     arrays |= aliases
     specs = {
         name: value for name, value in arguments.items() if isinstance(value, jax.ShapeDtypeStruct)
@@ -62,7 +68,7 @@ def interpreted(
         for name in specs.keys() - aliases.keys():
             empty = np.full(specs[name].shape, np.nan, np.float32)
             given[name] = tensor(empty).to(getattr(torch, specs[name].dtype.name))
-        kernel[(*grid, 1, 1)[:3]](**arguments | given)
+        kernel[(*grid, 1, 1)[:3]](**{**arguments, **given})
         assert not given.get("counters", torch.zeros(1)).any()
         return [BACKENDS["torch"].numpy(given[name]) for name in written]
 
@@ -91,7 +97,7 @@ class Draw:
         """Of all steps, or one of a table."""
         if not tabled:
             return self(size, wide=wide)
-        return OfStep(self(STEPS, size, wide=wide), jnp.int32(STEP))
+        return TableRow(self(STEPS, size, wide=wide), jnp.int32(STEP))
 
     def rows(self, count: int, width: int, tabled: bool) -> Rows:
         rows = kernels_plain.scale_rows(self(count, width), self.vector(width, tabled))
@@ -209,14 +215,17 @@ def ends() -> Iterator[Row]:
 def vision() -> Iterator[Row]:
     """What stands between a block's products; rows and columns of whole tiles, and of parts."""
     for dtype in DTYPES:
-        for batch, patches, width, heads in ((2, 9, 72, 3), (1, 16, 256, 4), (1, 1, 6, 1)):
-            draw, size = Draw(dtype), f"{batch} x {patches} x {width}"
+        for (batch, patches, width, heads), tabled in itertools.product(
+            ((2, 9, 72, 3), (1, 16, 256, 4), (1, 1, 6, 1)), (False, True)
+        ):
+            draw, size = Draw(dtype), f"{batch} x {patches} x {width}, tabled {tabled}"
             x, y = (draw(batch, patches, width) for _ in "xy")
-            bias, norm = draw(3 * width), [draw(width, wide=True) for _ in range(2)]
+            packed, bias = (draw.vector(n, tabled, wide=False) for n in (3 * width, width))
+            norm = [draw.vector(width, tabled) for _ in range(2)]
             inputs = {
-                "split_bias": ((draw(batch, patches, 3 * width), bias), heads),
-                "gelu_bias": ((3 * x, bias[:width]),),
-                "add_layer_norm": ((x, y, bias[:width], *norm), EPSILON),
+                "split_bias": ((draw(batch, patches, 3 * width), packed), heads),
+                "gelu_bias": ((3 * x, bias),),
+                "add_layer_norm": ((x, y, bias, *norm), EPSILON),
             }
             for name, given in inputs.items():
                 yield {"case": f"{name}, {size}", "dtype": dtype, "error": apart(name, *given)}

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from pruner_jax import triton_call
 from pruner_jax.layers import wide
+from pruner_jax.tables import value_of
 
 LARGEST = 448.0
 SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
@@ -62,7 +63,7 @@ def last_outputs(
 ) -> Float[Array, "D count"] | Quantized:
     """The part of a kernel that its last outputs come from."""
     if isinstance(kernel, Quantized):
-        return Quantized(kernel.values[-count:], kernel.scale[-count:])
+        return Quantized(kernel.values[-count:], value_of(kernel.scale)[-count:])
     return kernel[:, -count:]
 
 
@@ -74,7 +75,7 @@ def product(
         return x @ kernel
     rows, high = quantize_rows(x.reshape(-1, x.shape[-1])), wide(x.dtype)
     y = _multiply(rows, kernel, x.dtype).astype(high)
-    y = y * rows.scale[:, None] * kernel.scale
+    y = y * rows.scale[:, None] * value_of(kernel.scale)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 

@@ -30,10 +30,11 @@ from pruner_jax.deployed import (
 )
 from pruner_jax.float8 import last_outputs, product
 from pruner_jax.gemma import Rotary, rotary
-from pruner_jax.kernels import OfStep, Rows
+from pruner_jax.kernels import Rows
 from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
 from pruner_jax.pruner import Selection
 from pruner_jax.siglip import patchify
+from pruner_jax.tables import TableRow, value_of
 from pruner_spec.config import VisionVariant
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def denoise(
     token = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
     out = weights.action_out
     assert out.bias is not None
+    out_bias = value_of(out.bias)
 
     def advance(carry: _Carry, step: Int[Array, ""]) -> tuple[_Carry, None]:
         x, keys, values = carry
@@ -200,8 +202,7 @@ def denoise(
                 layer, norms[i], following[i], rows, cache.suffix, mask, past, place, operations
             )
             written.append(both)
-        kernel, bias = out.kernel, out.bias
-        x = operations.euler_step(rows, scale, shift, kernel, bias, x, schedule.step)
+        x = operations.euler_step(rows, scale, shift, out.kernel, out_bias, x, schedule.step)
         keys, values = zip(*written, strict=True)
         return (x, keys, values), None
 
@@ -212,7 +213,7 @@ def denoise(
 
 # Actions, and the keys and values of all layers, whose last H a step writes anew.
 _Carry = tuple[Float[Array, "B H A"], tuple[Array, ...], tuple[Array, ...]]
-_Vector = Float[Array, "N"] | OfStep
+_Vector = Float[Array, "N"] | TableRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +240,11 @@ def _norms(weights: Deployed, schedule: Schedule, step: Int[Array, ""]) -> tuple
         return tuple(_own_norms(layer) for layer in weights.action)
     return tuple(
         _Norms(
-            *(OfStep(table, step) for table in (attention.scale, attention.added, attention.gate)),
-            *(OfStep(table, step) for table in (mlp.scale, mlp.added, mlp.gate)),
+            *(
+                TableRow(table, step)
+                for table in (attention.scale, attention.added, attention.gate)
+            ),
+            *(TableRow(table, step) for table in (mlp.scale, mlp.added, mlp.gate)),
         )
         for attention, mlp in zip(schedule.attention, schedule.mlp, strict=True)
     )
@@ -253,7 +257,7 @@ def _final_norm(
     if schedule.final is None or schedule.final.shift is None:
         assert weights.final_norm is not None
         return weights.final_norm.scale, None
-    return OfStep(schedule.final.scale, step), OfStep(schedule.final.shift, step)
+    return TableRow(schedule.final.scale, step), TableRow(schedule.final.shift, step)
 
 
 def _suffix_rows(
@@ -269,7 +273,9 @@ def _suffix_rows(
     """`Pi0.embed_suffix_at`; `token` is π0's of the state, `scale` the first norm's."""
     action_in = weights.action_in
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
-        return operations.embed_actions(x, action_in.kernel, action_in.bias, scale, model.dtype)
+        assert action_in.bias is not None
+        bias = value_of(action_in.bias)
+        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype)
     assert token is not None
     tokens = _affine(_affine(x, action_in), weights.time_in) + schedule.time[step]
     tokens = jnp.concatenate([token, _affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
@@ -401,7 +407,7 @@ def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"
 
 def _affine(x: Float[Array, "*batch inputs"], affine: Affine) -> Float[Array, "*batch outputs"]:
     y = x @ affine.kernel
-    return y if affine.bias is None else y + affine.bias
+    return y if affine.bias is None else y + value_of(affine.bias)
 
 
 def _layer_norm(x: Float[Array, "B N D"], norm: Norm) -> Float[Array, "B N D"]:

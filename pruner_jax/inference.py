@@ -23,6 +23,7 @@ from pruner_jax import kernels, kernels_autotune, kernels_plain, sampling, trito
 from pruner_jax.deployed import Deployed, Schedule, clock_of, deploy, schedule
 from pruner_jax.forward import Cache, act, denoise, embed, encode, prefill
 from pruner_jax.pruner import Selection
+from pruner_jax.tables import Gathered
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 
@@ -53,10 +54,11 @@ class Sampler:
         self.model = nnx.merge(graph, jax.eval_shape(lambda: state))
         weights = self._weights = deploy(model, self.settings.float8)
         self._clock = clock_of(model)
-        # Each array that a function is handed takes its time: none that it does not read.
+        # Each array that a function is handed takes its time: none that it does not read, and of
+        # many small ones a table.
         nothing = jax.tree.map(lambda _: None, weights.vision)
-        self._seeing = dataclasses.replace(weights, language=(), action=())
-        self._acting = dataclasses.replace(weights, vision=nothing)
+        self._seeing = Gathered(dataclasses.replace(weights, language=(), action=()))
+        self._acting = Gathered(dataclasses.replace(weights, vision=nothing))
         self._schedules: dict[int, Schedule] = {}
         self._rooms: dict[tuple[int, ...], int | None] = {}  # of the last call of these sizes
         self._tuned: set[int] = set()  # lengths of the prefix
@@ -72,16 +74,19 @@ class Sampler:
         options = {"xla_gpu_enable_command_buffer": ""} if launches_each else None
         jit = functools.partial(jax.jit, compiler_options=options)
 
-        def over(function: Any) -> Any:
-            return functools.partial(function, self.model, operations=operations)
+        def over(function: Any, weights: Gathered[Deployed]) -> Any:
+            def call(arrays: tuple[Array, ...], *inputs: Any) -> Any:
+                return function(self.model, weights.tree(arrays), *inputs, operations=operations)
 
-        self._encode = jit(over(_encode), static_argnums=3)
-        self._act = jit(over(act), static_argnums=6)
-        self._embed = jit(over(_embed), static_argnums=3)
+            return call
+
+        self._encode = jit(over(_encode, self._seeing), static_argnums=3)
+        self._act = jit(over(act, self._acting), static_argnums=6)
+        self._embed = jit(over(_embed, self._seeing), static_argnums=3)
         self._select = jit(self.model.select)
         self._prune = jit(functools.partial(sampling.prune, self.model), static_argnums=2)
-        self._prefill = jit(over(prefill))
-        self._denoise = jit(over(denoise))
+        self._prefill = jit(over(prefill, self._acting))
+        self._denoise = jit(over(denoise, self._acting))
 
     def sample_actions(
         self,
@@ -138,7 +143,7 @@ class Sampler:
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
-        return self._run("_encode", self._seeing, *_inputs_of(observation, plan))
+        return self._run("_encode", self._seeing.arrays, *_inputs_of(observation, plan))
 
     def act(
         self,
@@ -153,7 +158,7 @@ class Sampler:
         self._rooms[_sizes(encoded)] = capacity
         self._tune(_prefix_length(encoded, capacity))
         steps = self._schedule(num_steps)
-        inputs = (self._acting, steps, encoded, selection, state, noise, capacity)
+        inputs = (self._acting.arrays, steps, encoded, selection, state, noise, capacity)
         return self._run("_act", *inputs)
 
     def expected(self, encoded: "Encoded") -> int | None:
@@ -162,7 +167,7 @@ class Sampler:
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
-        return self._embed(self._seeing, *_inputs_of(observation, plan))
+        return self._embed(self._seeing.arrays, *_inputs_of(observation, plan))
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -174,7 +179,7 @@ class Sampler:
 
     def prefill(self, prefix: "Prefix") -> Cache:
         """See `sampling.Stages`."""
-        return self._prefill(self._acting, prefix)
+        return self._prefill(self._acting.arrays, prefix)
 
     def denoise(
         self,
@@ -186,7 +191,7 @@ class Sampler:
     ) -> Float[Array, "B H A"]:
         """See `sampling.Stages`."""
         self._tune(cache.valid.shape[1])
-        return self._denoise(self._acting, self._schedule(num_steps), cache, state, noise)
+        return self._denoise(self._acting.arrays, self._schedule(num_steps), cache, state, noise)
 
     def _tune(self, prefix: int) -> None:
         """Times tiles, if asked to, before what reads so long a prefix is compiled."""

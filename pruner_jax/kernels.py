@@ -28,7 +28,8 @@ from jaxtyping import Array, Bool, Float
 
 from pruner_jax import kernels_plain as plain
 from pruner_jax import triton_call
-from pruner_jax.kernels_plain import MAX_ROWS, OfStep, Rows
+from pruner_jax.kernels_plain import MAX_ROWS, Rows
+from pruner_jax.tables import TableRow
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -50,7 +51,7 @@ def _vision() -> ModuleType:
     return kernels_vision
 
 
-def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Rows:
+def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> Rows:
     """Hidden states as a norm with this scale takes them.
 
     Args:
@@ -63,7 +64,7 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Row
 def project(
     rows: Rows,
     kernel: Float[Array, "D N"],
-    added: Float[Array, "N"] | OfStep | None,
+    added: Float[Array, "N"] | TableRow | None,
     cos: Float[Array, "B S half"],
     sin: Float[Array, "B S half"],
     key: Float[Array, "B T G H"],
@@ -91,7 +92,7 @@ def project(
 
 
 def gated(
-    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | OfStep | None
+    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
 ) -> Float[Array, "R F"]:
     """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
 
@@ -108,8 +109,8 @@ def merge(
     x: Float[Array, "R F"],
     kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
-    gate: Float[Array, "D"] | OfStep | None,
-    scale: Float[Array, "D"] | OfStep,
+    gate: Float[Array, "D"] | TableRow | None,
+    scale: Float[Array, "D"] | TableRow,
 ) -> Rows:
     """residual + (x · kernel) * gate, rounded once, as the norm that follows takes it.
 
@@ -146,7 +147,7 @@ def embed_actions(
     noisy: Float[Array, "B H A"],
     kernel: Float[Array, "A E"],
     bias: Float[Array, "E"],
-    scale: Float[Array, "E"] | OfStep,
+    scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
 ) -> Rows:
     """Tokens of noisy actions, as the first norm takes them; `wide` until they are written.
@@ -163,8 +164,8 @@ def embed_actions(
 
 def euler_step(
     rows: Rows,
-    scale: Float[Array, "E"] | OfStep,
-    shift: Float[Array, "E"] | OfStep | None,
+    scale: Float[Array, "E"] | TableRow,
+    shift: Float[Array, "E"] | TableRow | None,
     kernel: Float[Array, "E A"],
     bias: Float[Array, "A"],
     noisy: Float[Array, "B H A"],
@@ -184,7 +185,7 @@ def euler_step(
 
 
 def split_bias(
-    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"], num_heads: int
+    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
 ) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:
     """Queries, keys and values of a packed projection, which comes without its bias.
 
@@ -200,7 +201,9 @@ def split_bias(
     return call(x, bias, num_heads)
 
 
-def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
+def gelu_bias(
+    x: Float[Array, "B N F"], bias: Float[Array, "F"] | TableRow
+) -> Float[Array, "B N F"]:
     """gelu(x + bias), in its tanh approximation."""
     call = _vision().gelu_bias if available(x) else plain.gelu_bias
     return call(x, bias)
@@ -209,9 +212,9 @@ def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array,
 def add_layer_norm(
     x: Float[Array, "B N D"],
     y: Float[Array, "B N D"],
-    bias: Float[Array, "D"],
-    scale: Float[Array, "D"],
-    shift: Float[Array, "D"],
+    bias: Float[Array, "D"] | TableRow,
+    scale: Float[Array, "D"] | TableRow,
+    shift: Float[Array, "D"] | TableRow,
     epsilon: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
     """x + y + bias in x's dtype, and its layer norm, computed in `wide` precision.

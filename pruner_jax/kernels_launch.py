@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax import kernels_tables as tables
-from pruner_jax.kernels_plain import OfStep, Rows
+from pruner_jax.kernels_plain import Rows
+from pruner_jax.tables import TableRow
 from pruner_jax.triton_call import capability, triton_call
 from pruner_triton import attention
 from pruner_triton.tiles import (
@@ -28,7 +30,7 @@ from pruner_triton.tiles import (
     row_block,
 )
 
-Vector = Float[Array, "N"] | OfStep | None
+Vector = Float[Array, "N"] | TableRow | None
 
 
 def project(
@@ -281,15 +283,15 @@ def _normed(given: Rows, kernel: Float[Array, "D N"], added: Vector) -> dict[str
 
 
 def _table(vector: Vector) -> tuple[Array | None, int]:
-    """What a kernel is given of a vector, and how far apart two steps are in it."""
-    if isinstance(vector, OfStep):
+    """What a kernel is given of a vector, and how far apart two rows are in it."""
+    if isinstance(vector, TableRow):
         return vector.table, vector.table.shape[1]
     return vector, 0
 
 
-def _step(*vectors: Vector) -> Int[Array, ""] | None:
-    """The step that a launch is at; None where no vector depends on it."""
-    return next((vector.step for vector in vectors if isinstance(vector, OfStep)), None)
+def _step(*vectors: Vector) -> Int[Array, ""] | np.ndarray | None:
+    """The row of all tables that a launch is given: its step; None where there is no table."""
+    return next((vector.place for vector in vectors if isinstance(vector, TableRow)), None)
 
 
 def _tiles(name: str, x: Float[Array, "R D"], inputs: int, outputs: int) -> Tiles:

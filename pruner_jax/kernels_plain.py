@@ -7,11 +7,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pruner_jax import float8, layers
 from pruner_jax.float8 import Quantized
 from pruner_jax.gemma import RMS_EPSILON
+from pruner_jax.tables import TableRow, value_of
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
 
@@ -35,33 +36,16 @@ class Rows:
     squares: Float[Array, "P R"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class OfStep:
-    """A vector that each of T steps has its own of.
-
-    A kernel finds it in the table; XLA would launch a copy of it for every kernel that reads one.
-    """
-
-    table: Float[Array, "T N"]
-    step: Int[Array, ""]
-
-    @property
-    def value(self) -> Float[Array, "N"]:
-        """This step's."""
-        return self.table[self.step]
-
-
-def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | OfStep) -> Rows:
+def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> Rows:
     """`kernels.scale_rows`."""
     wide = x.astype(layers.wide(x.dtype))
-    return Rows(x, (wide * _value(scale)).astype(x.dtype), jnp.square(wide).sum(axis=-1)[None])
+    return Rows(x, (wide * value_of(scale)).astype(x.dtype), jnp.square(wide).sum(axis=-1)[None])
 
 
 def project(
     rows: Rows,
     kernel: Float[Array, "D N"] | Quantized,
-    added: Float[Array, "N"] | OfStep | None,
+    added: Float[Array, "N"] | TableRow | None,
     cos: Float[Array, "B S half"],
     sin: Float[Array, "B S half"],
     key: Float[Array, "B T G H"],
@@ -82,7 +66,7 @@ def project(
 def gated(
     rows: Rows,
     gate_up: Float[Array, "D 2*F"] | Quantized,
-    added: Float[Array, "2*F"] | OfStep | None,
+    added: Float[Array, "2*F"] | TableRow | None,
 ) -> Float[Array, "R F"]:
     """`kernels.gated`."""
     gate, up = jnp.split(_normed(rows, gate_up, added), 2, axis=-1)
@@ -93,12 +77,12 @@ def merge(
     x: Float[Array, "R F"],
     kernel: Float[Array, "F D"] | Quantized,
     residual: Float[Array, "R D"],
-    gate: Float[Array, "D"] | OfStep | None,
-    scale: Float[Array, "D"] | OfStep,
+    gate: Float[Array, "D"] | TableRow | None,
+    scale: Float[Array, "D"] | TableRow,
 ) -> Rows:
     """`kernels.merge`."""
     product = _product(x, kernel)
-    product = product if gate is None else product * _value(gate)
+    product = product if gate is None else product * value_of(gate)
     return scale_rows((residual + product).astype(residual.dtype), scale)
 
 
@@ -120,7 +104,7 @@ def embed_actions(
     noisy: Float[Array, "B H A"],
     kernel: Float[Array, "A E"],
     bias: Float[Array, "E"],
-    scale: Float[Array, "E"] | OfStep,
+    scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
 ) -> Rows:
     """`kernels.embed_actions`."""
@@ -130,8 +114,8 @@ def embed_actions(
 
 def euler_step(
     rows: Rows,
-    scale: Float[Array, "E"] | OfStep,
-    shift: Float[Array, "E"] | OfStep | None,
+    scale: Float[Array, "E"] | TableRow,
+    shift: Float[Array, "E"] | TableRow | None,
     kernel: Float[Array, "E A"],
     bias: Float[Array, "A"],
     noisy: Float[Array, "B H A"],
@@ -139,53 +123,54 @@ def euler_step(
 ) -> Float[Array, "B H A"]:
     """`kernels.euler_step`."""
     wide = layers.wide(rows.x.dtype)
-    normed = rows.x.astype(wide) * _factor(rows) * _value(scale)
-    normed = normed if shift is None else normed + _value(shift)
+    normed = rows.x.astype(wide) * _factor(rows) * value_of(scale)
+    normed = normed if shift is None else normed + value_of(shift)
     normed = normed.astype(rows.x.dtype).reshape(len(noisy), -1, len(kernel))
     actions = normed[:, -noisy.shape[1] :].astype(wide)
     return noisy + step * (actions @ kernel + bias)
 
 
 def split_bias(
-    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"], num_heads: int
+    x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
 ) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:
     """`kernels.split_bias`."""
-    packed = (x + bias).reshape(*x.shape[:2], 3, num_heads, -1)
+    packed = (x + value_of(bias)).reshape(*x.shape[:2], 3, num_heads, -1)
     query, key, value = jnp.moveaxis(packed, 2, 0)
     return query * query.shape[-1] ** -0.5, key, value
 
 
-def gelu_bias(x: Float[Array, "B N F"], bias: Float[Array, "F"]) -> Float[Array, "B N F"]:
+def gelu_bias(
+    x: Float[Array, "B N F"], bias: Float[Array, "F"] | TableRow
+) -> Float[Array, "B N F"]:
     """`kernels.gelu_bias`."""
-    return layers.gelu(x + bias)
+    return layers.gelu(x + value_of(bias))
 
 
 def add_layer_norm(
     x: Float[Array, "B N D"],
     y: Float[Array, "B N D"],
-    bias: Float[Array, "D"],
-    scale: Float[Array, "D"],
-    shift: Float[Array, "D"],
+    bias: Float[Array, "D"] | TableRow,
+    scale: Float[Array, "D"] | TableRow,
+    shift: Float[Array, "D"] | TableRow,
     epsilon: float,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
     """`kernels.add_layer_norm`."""
-    total = x + (y + bias)
+    total = x + (y + value_of(bias))
     return total, layer_norm(total, scale, shift, epsilon)
 
 
 def layer_norm(
-    x: Float[Array, "B N D"], scale: Float[Array, "D"], shift: Float[Array, "D"], epsilon: float
+    x: Float[Array, "B N D"],
+    scale: Float[Array, "D"] | TableRow,
+    shift: Float[Array, "D"] | TableRow,
+    epsilon: float,
 ) -> Float[Array, "B N D"]:
     """In `wide` precision; the first one of a tower, before which nothing is added."""
     wide = x.astype(layers.wide(x.dtype))
     centred = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + epsilon) * scale + shift
+    normed = centred * jax.lax.rsqrt(variance + epsilon) * value_of(scale) + value_of(shift)
     return normed.astype(x.dtype)
-
-
-def _value(vector: Float[Array, "N"] | OfStep) -> Float[Array, "N"]:
-    return vector.value if isinstance(vector, OfStep) else vector
 
 
 def _factor(rows: Rows) -> Float[Array, "R 1"]:
@@ -206,11 +191,11 @@ def _product(
 
 
 def _normed(
-    rows: Rows, kernel: Float[Array, "D N"] | Quantized, added: Float[Array, "N"] | OfStep | None
+    rows: Rows, kernel: Float[Array, "D N"] | Quantized, added: Float[Array, "N"] | TableRow | None
 ) -> Float[Array, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
     product = _product(rows.scaled, kernel) * _factor(rows)
-    return product if added is None else product + _value(added)
+    return product if added is None else product + value_of(added)
 
 
 def _turned(

@@ -1,13 +1,14 @@
-"""`pruner_triton`'s products of few rows over dense arrays, at one step of a schedule's tables.
+"""`pruner_triton`'s kernels over dense arrays, of whose vectors some are rows of tables.
 
-A custom call's pointers are those of whole arrays, so that a kernel itself must find the step's row
-of a table; PyTorch passes a view. A vector's stride is 0 where all steps have the same, and `step`,
-a pointer to an integer, None where all vectors have.
+A custom call's pointers are those of whole arrays, so that a kernel itself must find its row of a
+table; PyTorch passes a view. Of a schedule's tables all vectors of a launch are of one step: a
+vector's stride is 0 where all steps have the same, and `step`, a pointer to an integer, None where
+all vectors have. The vision tower's have each a row of their own, None where it is no table's.
 """
 
 import triton.language as tl
 
-from pruner_triton import rows
+from pruner_triton import rows, vision
 from pruner_triton.language import jit
 
 
@@ -99,3 +100,42 @@ def embed_actions(
     rows.embed_actions(
         noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK,
     )  # fmt: skip
+
+
+@jit
+def found(vector, row, WIDTH: tl.constexpr):
+    if row is not None:
+        vector += tl.load(row) * WIDTH
+    return vector
+
+
+@jit
+def add_layer_norm(
+    x, y, bias, bias_row, scale, scale_row, shift, shift_row, total, normed,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """`vision.add_layer_norm`."""
+    bias = found(bias, bias_row, WIDTH)
+    scale = found(scale, scale_row, WIDTH)
+    shift = found(shift, shift_row, WIDTH)
+    vision.add_layer_norm(
+        x, y, bias, scale, shift, total, normed, WIDTH, WIDTH, WIDTH, True, BLOCK, EPSILON
+    )
+
+
+@jit
+def gelu_bias(
+    x, bias, bias_row, out, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`vision.gelu_bias`."""
+    vision.gelu_bias(x, found(bias, bias_row, WIDTH), out, rows, WIDTH, ROWS, COLUMNS)
+
+
+@jit
+def split_bias(
+    x, bias, bias_row, query, key, value, rows,
+    SCALE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`vision.split_bias`."""
+    bias = found(bias, bias_row, 3 * WIDTH)
+    vision.split_bias(x, bias, query, key, value, rows, SCALE, WIDTH, ROWS, COLUMNS)
