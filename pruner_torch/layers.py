@@ -100,8 +100,11 @@ def attend(
     values, as in openpi.
     """
     heads_first = [x.transpose(1, 2) for x in (query, key, value)]
-    # A finite number as large as this absorbs any logit, and leaves no row without a softmax.
-    bias = None if mask is None else torch.where(mask[:, None], 0.0, MASKED_LOGIT).to(query.dtype)
+    # A finite number as large as this absorbs any logit, and leaves no row without a softmax: also
+    # on a GPU, where it is multiplied by log2(e).
+    bias = None
+    if mask is not None:
+        bias = torch.where(mask[:, None], 0.0, MASKED_LOGIT / 2).to(query.dtype)
     attended = F.scaled_dot_product_attention(
         *heads_first,
         attn_mask=bias,
