@@ -111,6 +111,8 @@ class TorchBackend:
         value = value.detach().cpu()
         if value.dtype == torch.bfloat16:
             return value.float().numpy().astype(ml_dtypes.bfloat16)
+        if value.dtype == torch.float8_e4m3fn:
+            return value.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
         return value.numpy()
 
     def gradient(self, function: Any, *arguments: Any) -> tuple[np.ndarray, ...]:

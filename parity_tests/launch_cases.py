@@ -20,8 +20,10 @@ import torch
 from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
 from pruner_jax import (
+    float8,
     kernels,
     kernels_autotune,
+    kernels_float8,
     kernels_launch,
     kernels_plain,
     kernels_vision,
@@ -231,6 +233,36 @@ def vision() -> Iterator[Row]:
                 yield {"case": f"{name}, {size}", "dtype": dtype, "error": apart(name, *given)}
 
 
+def float8_rows() -> Iterator[Row]:
+    """Rows of all sizes, one of zeros; the shares of other values, and the product of all."""
+    launch = kernels_float8.quantize_rows
+    for dtype in DTYPES:
+        for rows, width in ((3, 1152), (5, 80), (1, 16), (40, 2048)):
+            draw = Draw(dtype)
+            sizes = 10.0 ** draw.generator.integers(-6, 6, (rows, 1))
+            sizes[rows // 2] *= rows == 1
+            x = draw(rows, width) * jnp.asarray(sizes, draw.dtype)
+            kernel = float8.quantize(draw(width, 48))
+            with mock.patch.object(kernels_float8, "quantize_rows", wraps=launch) as called:
+                product = jax.jit(kernels.product)(x, kernel)
+            found, expected = (jax.jit(way.quantize_rows)(x) for way in (kernels_float8, float8))
+            a, b = (dequantized(each) for each in (found, kernel))
+            size = np.maximum(np.asarray(expected.scale, np.float64)[:, None], 1)
+            yield {
+                "case": f"{rows} x {width}",
+                "dtype": dtype,
+                "called": called.call_count == 1,
+                "scales": np.array_equal(found.scale, expected.scale),
+                "others": float(np.mean(np.asarray(found.values) != np.asarray(expected.values))),
+                "product": error(np.asarray(product, np.float64) / size, a @ b.T / size),
+            }
+
+
+def dequantized(rows: float8.Quantized) -> np.ndarray:
+    values, scale = (np.asarray(each).astype(np.float64) for each in (rows.values, rows.scale))
+    return values * scale[:, None]
+
+
 def calls() -> Iterator[Row]:
     """Whole calls, with kernels and without."""
 
@@ -313,13 +345,17 @@ def _apart(found: Any, expected: Any) -> float:
     return max(largest)
 
 
-FAMILIES = {family.__name__: family for family in (products, attention, ends, vision, calls, tuned)}
+FAMILIES = {
+    family.__name__: family
+    for family in (products, attention, ends, vision, float8_rows, calls, tuned)
+}
 
 
 def main() -> None:
     if not FULL:
         assert os.environ.get("TRITON_INTERPRET") == "1"
-        kernels_launch.triton_call = kernels_vision.triton_call = interpreted
+        for module in (kernels_float8, kernels_launch, kernels_vision):
+            module.triton_call = interpreted
         triton_call.available = lambda: True
     with np.errstate(all="ignore"):
         print(json.dumps({name: list(family()) for name, family in FAMILIES.items()}))

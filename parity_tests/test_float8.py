@@ -26,18 +26,14 @@ def kernel_of(dtype: str) -> np.ndarray:
 
 
 def written(backend: Any, quantized: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Values and scales of a `Quantized`, the values' bits as they are."""
-    values = quantized.values
-    if backend.name == "torch":
-        values = values.view(backend.module("float8").torch.uint8)
-    return backend.numpy(values).view(FLOAT8), backend.numpy(quantized.scale)
+    """Values and scales of a `Quantized`."""
+    return backend.numpy(quantized.values), backend.numpy(quantized.scale)
 
 
 def quantized(backend: Any, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with backend.precision("float64"):
         found = backend.module("float8").quantize(backend.array(kernel))
         assert found.shape == kernel.shape
-        assert len(found) == len(kernel)
         return written(backend, found)
 
 
@@ -73,9 +69,10 @@ def test_the_largest_value_is_the_largest_there_is(backend):
 def test_a_row_that_is_not_finite_spoils_its_product(backend):
     """And no other's."""
     float8, kernel = backend.module("float8"), backend.array(kernel_of("float32"))
+    product = backend.module("kernels_plain").product
     x = np.ones((4, 41), np.float32)
     x[1, 2], x[2, 3] = np.nan, np.inf
-    found = backend.numpy(float8.product(backend.array(x), float8.quantize(kernel)))
+    found = backend.numpy(product(backend.array(x), float8.quantize(kernel)))
     assert np.isnan(found[1:3]).all()
     assert np.isfinite(found[[0, 3]]).all()
 
@@ -86,29 +83,23 @@ def test_a_product_is_that_of_what_was_rounded(backend, dtype):
     """Against float64 of the dequantised operands; and near the product of the operands."""
     float8, generator = backend.module("float8"), np.random.default_rng(8)
     plain = generator.standard_normal((41, 23))
-    x = generator.standard_normal((2, 9, 41)) * 10.0 ** generator.integers(-6, 6, (2, 9, 1))
-    x[0, 4] = 0
+    x = generator.standard_normal((18, 41)) * 10.0 ** generator.integers(-6, 6, (18, 1))
+    x[4] = 0
     with backend.precision(dtype):
         kernel = float8.quantize(backend.array(plain, dtype))
         given = backend.array(x, dtype)
-        found = float8.product(given, kernel)
+        rows = float8.quantize_rows(given)
+        found = backend.module("kernels_plain").product(given, kernel)
         assert found.dtype == given.dtype
-        assert found.shape == (2, 9, 23)
-        rows = written(backend, float8.quantize_rows(given.reshape(-1, 41)))
-        a, b = (v.astype(np.float64) * s[:, None] for v, s in (rows, written(backend, kernel)))
-        found = backend.numpy(found).astype(np.float64).reshape(-1, 23)
-        last = float8.product(given, float8.last_outputs(kernel, 6))
-        last = backend.numpy(last).astype(np.float64).reshape(-1, 6)
-        untouched = backend.numpy(float8.product(given, backend.array(plain, dtype)))
-    scale = np.abs(x).max(axis=-1).reshape(-1, 1)
+        a, b = (
+            values.astype(np.float64) * scale[:, None]
+            for values, scale in (written(backend, rows), written(backend, kernel))
+        )
+        found = backend.numpy(found).astype(np.float64)
+    scale = np.abs(x).max(axis=-1, keepdims=True)
     scale[scale == 0] = 1
-    expected = a @ b.T
-    check("float8 product", dtype, backend.name, error(found / scale, expected / scale))
-    check("float8 product", dtype, backend.name, error(last / scale, expected[:, -6:] / scale))
-    exact = x.reshape(-1, 41) @ plain
-    check("float8 product", "rounding", backend.name, error(found / scale, exact / scale))
-    untouched = untouched.astype(np.float64).reshape(-1, 23)
-    check("float8 product", dtype, backend.name, error(untouched / scale, exact / scale))
+    check("float8 product", dtype, backend.name, error(found / scale, a @ b.T / scale))
+    check("float8 product", "rounding", backend.name, error(found / scale, x @ plain / scale))
 
 
 # In float32 none is pruned: scores that are another's may keep other patches.
@@ -156,20 +147,19 @@ def least_cosine(found: np.ndarray, expected: np.ndarray) -> float:
 
 @backends
 def test_what_is_in_float8(backend):
-    """The kernels of the vision tower's blocks and of the language model, and nothing else."""
+    """The language model's MLPs, and nothing else."""
     config = MODEL_CASES["pi05-unpruned-1-adapted"].config("float32")
     model, float8 = backend.model(config, parameters(config)), backend.module("float8")
     deploy = backend.module("deployed").deploy
     plain, rounded = (deploy(model.module, float8=on) for on in (False, True))
-    for name in ("qkv", "out", "gate_up", "down"):
+    for name in ("gate_up", "down"):
         for layer, other in zip(rounded.language, plain.language, strict=True):
             assert isinstance(getattr(layer, name), float8.Quantized)
             assert getattr(layer, name).shape == tuple(getattr(other, name).shape)
         assert not any(isinstance(getattr(x, name), float8.Quantized) for x in rounded.action)
-    for name in ("qkv", "out", "up", "down"):
-        for block in rounded.vision.blocks:
-            assert isinstance(getattr(block, name).kernel, float8.Quantized)
-    assert not isinstance(rounded.vision.head.kernel, float8.Quantized)
+    for name in ("qkv", "out"):
+        for layer in rounded.language:
+            assert not isinstance(getattr(layer, name), float8.Quantized)
     kernel, other = rounded.language[0].gate_up, plain.language[0].gate_up
     assert kernel.values.nbytes == other.nbytes // 4
 
@@ -180,12 +170,12 @@ def test_what_xla_is_given(monkeypatch):
     import jax
     import jax.numpy as jnp
 
-    module = BACKENDS["jax"].module("float8")
+    module, plain = (BACKENDS["jax"].module(name) for name in ("float8", "kernels_plain"))
     monkeypatch.setattr(BACKENDS["jax"].module("triton_call"), "capability", lambda: 90)
     generator = np.random.default_rng(10)
     kernel = module.quantize(jnp.asarray(generator.standard_normal((64, 48)), jnp.float32))
     x = jnp.asarray(generator.standard_normal((7, 64)), jnp.bfloat16)
-    product = jax.jit(module.product)
+    product = jax.jit(plain.product)
     text = product.lower(x, kernel).as_text()
     assert "(tensor<7x64xf8E4M3FN>, tensor<48x64xf8E4M3FN>) -> tensor<7x48xbf16>" in text
     found, expected = (np.asarray(product(each, kernel)) for each in (x, x.astype(jnp.float32)))
@@ -197,7 +187,7 @@ def test_what_xla_is_given(monkeypatch):
 @pytest.mark.skipif("torch" not in BACKENDS, reason="is about PyTorch")
 @pytest.mark.parametrize("rows", [1, 7])
 def test_what_cublas_is_given(rows, monkeypatch):
-    """PyTorch's own checks for a GPU pass: of layouts, scales and sizes, also of the last outputs.
+    """PyTorch's own checks for a GPU pass: of layouts, scales and sizes.
 
     Sizes that it has no product for are multiplied in another way, as on a CPU.
     """
@@ -214,10 +204,8 @@ def test_what_cublas_is_given(rows, monkeypatch):
 
     assert not module._has_library(of(48), torch.bfloat16)
     monkeypatch.setattr(module, "_has_library", lambda *_: True)
-    for kernel in (of(48), module.last_outputs(of(48), 16)):
-        bias = empty(kernel.shape[1], dtype=torch.bfloat16)
-        found = module.multiply(of(rows), kernel, torch.bfloat16, bias)
-        assert found.shape == (rows, kernel.shape[1])
-        assert found.dtype == torch.bfloat16
+    found = module.multiply(of(rows), of(48), torch.bfloat16)
+    assert found.shape == (rows, 48)
+    assert found.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="divisible by 16"):
         module.multiply(of(rows), of(24), torch.bfloat16)

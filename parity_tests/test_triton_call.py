@@ -274,6 +274,19 @@ def test_launches_compute_what_the_plain_functions_do(family, count):
 
 @pytest.mark.slow
 @pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
+def test_rows_in_float8():
+    """The scales of the plain way, but for a GPU's division its values, and their product."""
+    level = "float8 rows" if DEVICE == "cuda" else "float8 rows, interpreted"
+    assert len(launched()["float8_rows"]) == 8
+    for row in launched()["float8_rows"]:
+        assert row["called"], row
+        assert row["scales"], row
+        assert row["others"] <= tolerance(level, row["dtype"]), row
+        assert row["product"] <= tolerance("float8 product", row["dtype"]), row
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
 def test_tiles_that_are_timed_compute_the_same():
     level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"
     rows = launched()["tuned"]
@@ -293,11 +306,11 @@ def test_a_whole_call_over_launches():
         assert row["launches"][1] == 0, row
 
 
-@pytest.mark.parametrize("pi05", [True, False])
-def test_a_layer_is_five_launches(monkeypatch, pi05):
+@pytest.mark.parametrize(("pi05", "float8"), [(True, False), (False, False), (True, True)])
+def test_a_layer_is_five_launches(monkeypatch, pi05, float8):
     """Two ends of a step; π0's state token attends to fewer keys, and comes in by JAX's products.
 
-    Of the language model's layers all but the last attend.
+    Of the language model's layers all but the last attend, and in float8 round rows twice.
     """
     monkeypatch.setattr(triton_call, "capability", lambda: 90)
     monkeypatch.setattr(triton_call, "available", lambda: True)
@@ -313,7 +326,7 @@ def test_a_layer_is_five_launches(monkeypatch, pi05):
 
     def inputs(state: Any) -> tuple[Any, ...]:
         model = nnx.merge(graph, state)
-        weights = deployed.deploy(model)
+        weights = deployed.deploy(model, float8)
         steps = deployed.schedule(deployed.clock_of(model), weights.action, 10, model.dtype)
         tokens = jnp.zeros((2, 3, config.vision.num_patches, 72), model.dtype)
         prompt = jnp.zeros((2, 9, 72), model.dtype)
@@ -325,7 +338,7 @@ def test_a_layer_is_five_launches(monkeypatch, pi05):
     traced = jax.jit(act, static_argnums=6).trace(*jax.eval_shape(inputs, state), None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     expected = 5 * depth + 2 if pi05 else 4 * depth + 1
-    assert text.count(f"@{triton_call.TARGET}(") == expected + depth - 1
+    assert text.count(f"@{triton_call.TARGET}(") == expected + (3 if float8 else 1) * (depth - 1)
 
 
 def test_a_vision_block_is_four_launches(monkeypatch):

@@ -17,7 +17,7 @@ JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 # The drop-in for users of openpi's PyTorch model, of which there is only one; CUDA graphs, which
 # XLA captures by itself; checks of strides, which JAX's arrays have not; and kernels that XLA has.
 FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py"} | {
-    f"kernels_{part}.py" for part in ("checks", "float8", "pruner")
+    f"kernels_{part}.py" for part in ("checks", "pruner")
 }
 FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py", "kernels_tables.py"}
 # Of one outline as far as they go, but for what they are told of a schedule's step and of strides.
@@ -29,7 +29,6 @@ FRAMEWORK_NAMES = {
     "pi0.py: Pi0.device",
     "inference.py: _APART",  # PyTorch has kernels of its own, which are tried first
     "inference.py: tried",
-    "float8.py: multiply",  # by a library that adds the bias and multiplies by the scales
     "objective.py: to_device",
     "recomputation.py: _PRODUCTS",
     "recomputation.py: optimized",

@@ -66,7 +66,7 @@ class Norm:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisionBlock:
-    """A block of the vision tower; `qkv` is [D, 3*D]. Kernels may be `Quantized`."""
+    """A block of the vision tower; `qkv` is [D, 3*D]."""
 
     attention_norm: Norm
     qkv: Affine
@@ -98,7 +98,7 @@ class ExpertLayer:
         qkv: [D, (K + 2*G) * head_dim], queries first, then keys, then values.
         out: [K * head_dim, D].
         gate_up: [D, 2*F], the gate first.
-        down: [F, D].
+        down: [F, D]. Of the language model both may be `Quantized`.
     """
 
     attention_scale: Float[Array, "D"] | None
@@ -136,8 +136,7 @@ class Deployed:
     Attributes:
         vision: the tower.
         embedding: [vocabulary, D], as it is in the model.
-        language: a layer each, whose kernels may be `Quantized`; of the last one inference needs
-            keys and values alone.
+        language: a layer each; of the last one inference needs keys and values alone.
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
@@ -203,8 +202,7 @@ def deploy(model: "Pi0", float8: bool = False) -> Deployed:
 
     Args:
         model: whose weights these are.
-        float8: whether products of many rows are of `Quantized` kernels: those of the vision
-            tower's blocks and of the language model.
+        float8: whether the kernels of the language model's MLPs are `Quantized`.
     """
     dtype, config = model.dtype, model.config
     high = wide(dtype)
@@ -218,7 +216,7 @@ def deploy(model: "Pi0", float8: bool = False) -> Deployed:
             "time_out": _affine(model.action_time_mlp_out, high),
         }
     return Deployed(
-        vision=_vision(model.vision, dtype, float8),
+        vision=_vision(model.vision, dtype),
         embedding=model.gemma.embedder.embedding[...],
         language=_of_each(model.gemma.language.layers, lambda layer: _layer(layer, dtype, float8)),
         action=_of_each(
@@ -302,22 +300,22 @@ def _modulation(
     return Modulation(1 + scale, added, gate.astype(dtype))
 
 
-def _vision(tower: siglip.SigLip, dtype: jnp.dtype, float8: bool) -> Vision:
+def _vision(tower: siglip.SigLip, dtype: jnp.dtype) -> Vision:
     patches = _affine(tower.patch_embedding, wide(dtype))
     assert patches.bias is not None
     positions = tower.position_embedding[...].astype(wide(dtype))
     return Vision(
         patch_embedding=Affine(patches.kernel, patches.bias + positions),
-        blocks=_of_each(tower.blocks, lambda block: _vision_block(block, dtype, float8)),
+        blocks=_of_each(tower.blocks, lambda block: _vision_block(block, dtype)),
         final_norm=_layer_norm(tower.final_norm, dtype),
         head=_affine(tower.head, dtype),
     )
 
 
-def _vision_block(block: Any, dtype: jnp.dtype, float8: bool) -> VisionBlock:
+def _vision_block(block: Any, dtype: jnp.dtype) -> VisionBlock:
     attention = block.attention
     parts = [_affine(part, dtype) for part in (attention.query, attention.key, attention.value)]
-    found = VisionBlock(
+    return VisionBlock(
         attention_norm=_layer_norm(block.attention_norm, dtype),
         qkv=Affine(
             jnp.concatenate([part.kernel for part in parts], axis=-1),
@@ -328,7 +326,6 @@ def _vision_block(block: Any, dtype: jnp.dtype, float8: bool) -> VisionBlock:
         up=_affine(block.mlp.up, dtype),
         down=_affine(block.mlp.down, dtype),
     )
-    return _block_in_float8(found) if float8 else found
 
 
 def _of_each(layers: nnx.Module, function: Callable[[Any], Part]) -> tuple[Part, ...]:
@@ -358,19 +355,11 @@ def _layer(layer: Any, dtype: jnp.dtype, float8: bool = False) -> ExpertLayer:
         gate_up=jnp.concatenate([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], axis=-1),
         down=_merged(mlp.down, dtype),
     )
-    return _layer_in_float8(found) if float8 else found
+    return _mlp_in_float8(found) if float8 else found
 
 
-def _block_in_float8(block: VisionBlock) -> VisionBlock:
-    affines: dict[str, Any] = {name: getattr(block, name) for name in ("qkv", "out", "up", "down")}
-    for name, affine in affines.items():
-        affines[name] = dataclasses.replace(affine, kernel=quantize(affine.kernel))
-    return dataclasses.replace(block, **affines)
-
-
-def _layer_in_float8(layer: ExpertLayer) -> ExpertLayer:
-    names = ("qkv", "out", "gate_up", "down")
-    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in names}
+def _mlp_in_float8(layer: ExpertLayer) -> ExpertLayer:
+    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in ("gate_up", "down")}
     return dataclasses.replace(layer, **kernels)
 
 

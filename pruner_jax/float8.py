@@ -42,9 +42,6 @@ class Quantized:
         """A kernel's: inputs and outputs."""
         return self.values.shape[1], self.values.shape[0]
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
 
 def quantize(kernel: Float[Array, "D N"]) -> Quantized:
     """A kernel, a scale an output."""
@@ -58,36 +55,25 @@ def quantize_rows(x: Float[Array, "R D"]) -> Quantized:
     return Quantized((rows * (1 / scale)[:, None]).astype(jnp.float8_e4m3fn), scale)
 
 
-def last_outputs(
-    kernel: Float[Array, "D N"] | Quantized, count: int
-) -> Float[Array, "D count"] | Quantized:
-    """The part of a kernel that its last outputs come from."""
-    if isinstance(kernel, Quantized):
-        return Quantized(kernel.values[-count:], value_of(kernel.scale)[-count:])
-    return kernel[:, -count:]
+def multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Array, "R N"]:
+    """rows · kernel: by cuBLAS where it can, and else in `wide` precision.
 
+    XLA could hand on a scale for all rows. By ours it multiplies where the product is read, which
+    is written in bfloat16: a rounding does not mind that they come after it.
 
-def product(
-    x: Float[Array, "*batch D"], kernel: Float[Array, "D N"] | Quantized
-) -> Float[Array, "*batch N"]:
-    """x · kernel, in x's dtype."""
-    if not isinstance(kernel, Quantized):
-        return x @ kernel
-    rows, high = quantize_rows(x.reshape(-1, x.shape[-1])), wide(x.dtype)
-    y = _multiply(rows, kernel, x.dtype).astype(high)
-    y = y * rows.scale[:, None] * value_of(kernel.scale)
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def _multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Array, "R N"]:
-    """Without the scales: by cuBLAS where it can, and else in `wide` precision.
-
-    XLA could hand on a scale for all rows. By ours it multiplies where the result is read, which is
-    written in bfloat16: a rounding does not mind that they come after it.
+    Args:
+        rows: an input.
+        kernel: of as many inputs.
+        dtype: of the result.
     """
-    by_inputs = (((1,), (1,)), ((), ()))
-    operands = rows.values, kernel.values
-    if dtype == jnp.bfloat16 and triton_call.capability() >= 89:
-        return jax.lax.dot_general(*operands, by_inputs, preferred_element_type=dtype)
-    x, y = (each.astype(wide(dtype)) for each in operands)
-    return jax.lax.dot_general(x, y, by_inputs)
+    high, by_inputs = wide(dtype), (((1,), (1,)), ((), ()))
+    x, y, kept = rows.values, kernel.values, dtype
+    if not _has_library(dtype):
+        x, y, kept = x.astype(high), y.astype(high), high
+    product = jax.lax.dot_general(x, y, by_inputs, preferred_element_type=kept).astype(high)
+    return (product * rows.scale[:, None] * value_of(kernel.scale)).astype(dtype)
+
+
+def _has_library(dtype: jnp.dtype) -> bool:
+    """Whether cuBLAS multiplies float8 to this dtype."""
+    return dtype == jnp.bfloat16 and triton_call.capability() >= 89

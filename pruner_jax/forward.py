@@ -28,7 +28,6 @@ from pruner_jax.deployed import (
     Vision,
     VisionBlock,
 )
-from pruner_jax.float8 import last_outputs, product
 from pruner_jax.gemma import Rotary, rotary
 from pruner_jax.kernels import Rows
 from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
@@ -295,15 +294,17 @@ def _prefix_layer(
 ) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """A layer of the language model; its keys and values are written into `empty`.
 
-    A library multiplies many rows best. Nobody reads what padding attends to, so that a mask of
-    keys is enough.
+    A library multiplies many rows best, which `operations` may round before. Nobody reads what
+    padding attends to, so that a mask of keys is enough.
     """
     head_dim = 2 * angles.cos.shape[-1]
     query, key, value = kernels_plain.project(
         rows, layer.qkv, None, *_tables(angles), empty, empty, 0, len(layer.out) // head_dim
     )
-    attended = _attend(query, key, value, valid[:, None], operations)
-    rows = _mlp(layer, norms, following, rows, attended, kernels_plain)
+    attended = _attend(query, key, value, valid[:, None], operations).reshape(len(rows.x), -1)
+    rows = kernels_plain.merge(attended, layer.out, rows.x, None, norms.mlp_scale)
+    gated = kernels_plain.gated(rows, layer.gate_up, None, operations.product)
+    rows = kernels_plain.merge(gated, layer.down, rows.x, None, following, operations.product)
     return rows, key, value
 
 
@@ -324,24 +325,11 @@ def _suffix_layer(
     query, key, value = operations.project(
         rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
     )
-    attended = _attend(query, key, value, mask, operations)
-    rows = _mlp(layer, norms, following, rows, attended, operations)
-    return rows, key, value
-
-
-def _mlp(
-    layer: ExpertLayer,
-    norms: _Norms,
-    following: _Vector,
-    rows: Rows,
-    attended: Float[Array, "B S K*head_dim"],
-    operations: ModuleType,
-) -> Rows:
-    """What comes after attention; `following` is the scale of the norm after the layer."""
-    attended = attended.reshape(len(rows.x), -1)
+    attended = _attend(query, key, value, mask, operations).reshape(len(rows.x), -1)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
     gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
-    return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
+    rows = operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
+    return rows, key, value
 
 
 def _project_keys(
@@ -349,7 +337,7 @@ def _project_keys(
 ) -> tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """Of the last layer of the prefix nobody reads more than keys and values."""
     outputs = 2 * empty.shape[2] * empty.shape[3]
-    kernel = last_outputs(layer.qkv, outputs)
+    kernel = layer.qkv[:, -outputs:]
     return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
 
 
@@ -375,10 +363,10 @@ def _vision_block(
 
     Whoever reads a product adds its bias.
     """
-    qkv = product(normed, block.qkv.kernel)
+    qkv = normed @ block.qkv.kernel
     attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
     x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
-    activated = operations.gelu_bias(product(normed, block.up.kernel), block.up.bias)
+    activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
     return _add_layer_norm(x, activated, block.down, following, operations)
 
 
@@ -390,8 +378,9 @@ def _add_layer_norm(
     operations: ModuleType,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
     """x + affine(y), and its layer norm."""
-    vectors = (affine.bias, norm.scale, norm.shift)
-    return operations.add_layer_norm(x, product(y, affine.kernel), *vectors, LAYER_NORM_EPSILON)
+    product, bias = y @ affine.kernel, affine.bias
+    vectors = (bias, norm.scale, norm.shift)
+    return operations.add_layer_norm(x, product, *vectors, LAYER_NORM_EPSILON)
 
 
 def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:

@@ -6,9 +6,9 @@ rows a library's product is as fast, and XLA writes what stands around it; but f
 of whose packed projection it would launch a copy for each part.
 
 Triton applies in functions that `jax.jit` compiles for NVIDIA GPUs from Ampere on, in bfloat16 and
-float32: to products of at most `MAX_ROWS` rows, to attention of any length, and to vision blocks.
-Elsewhere the functions compute the same with JAX's operations (`kernels_plain`). The kernels
-themselves are `pruner_triton`'s, which PyTorch launches too.
+float32: to products of at most `MAX_ROWS` rows, to attention of any length, to vision blocks, and
+to what is rounded to float8. Elsewhere the functions compute the same with JAX's operations
+(`kernels_plain`). The kernels themselves are `pruner_triton`'s, which PyTorch launches too.
 
 A product of few rows takes a `kernel` that lies in memory outputs first: `stored.T`, of an array
 [outputs, inputs], which XLA does not compute. Any other it would copy.
@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from pruner_jax import kernels_plain as plain
 from pruner_jax import triton_call
+from pruner_jax.float8 import Quantized
 from pruner_jax.kernels_plain import MAX_ROWS, Rows
 from pruner_jax.tables import TableRow
 
@@ -49,6 +50,20 @@ def _vision() -> ModuleType:
     from pruner_jax import kernels_vision
 
     return kernels_vision
+
+
+def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
+    """x · kernel, a library's; what Triton does is to round x where the kernel is in float8.
+
+    Args:
+        x: of many tokens.
+        kernel: of x's dtype, or in float8.
+    """
+    if not available(x):
+        return plain.product(x, kernel)
+    from pruner_jax import kernels_float8  # here, since it imports Triton
+
+    return kernels_float8.product(x, kernel)
 
 
 def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> Rows:

@@ -4,17 +4,20 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pruner_jax import float8, layers
-from pruner_jax.float8 import Quantized
+from pruner_jax import layers
+from pruner_jax.float8 import Quantized, multiply, quantize_rows
 from pruner_jax.gemma import RMS_EPSILON
 from pruner_jax.tables import TableRow, value_of
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
+
+Product = Callable[[Float[Array, "R D"], Float[Array, "D N"] | Quantized], Float[Array, "R N"]]
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +39,14 @@ class Rows:
     squares: Float[Array, "P R"]
 
 
+def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
+    """`kernels.product`; of few rows in `wide` precision."""
+    if isinstance(kernel, Quantized):
+        return multiply(quantize_rows(x), kernel, x.dtype)
+    kept = layers.wide(x.dtype) if len(x) <= MAX_ROWS else x.dtype
+    return jnp.matmul(x, kernel, preferred_element_type=kept)
+
+
 def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> Rows:
     """`kernels.scale_rows`."""
     wide = x.astype(layers.wide(x.dtype))
@@ -44,7 +55,7 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> R
 
 def project(
     rows: Rows,
-    kernel: Float[Array, "D N"] | Quantized,
+    kernel: Float[Array, "D N"],
     added: Float[Array, "N"] | TableRow | None,
     cos: Float[Array, "B S half"],
     sin: Float[Array, "B S half"],
@@ -67,9 +78,10 @@ def gated(
     rows: Rows,
     gate_up: Float[Array, "D 2*F"] | Quantized,
     added: Float[Array, "2*F"] | TableRow | None,
+    product: Product = product,
 ) -> Float[Array, "R F"]:
-    """`kernels.gated`."""
-    gate, up = jnp.split(_normed(rows, gate_up, added), 2, axis=-1)
+    """`kernels.gated`, by this product."""
+    gate, up = jnp.split(_normed(rows, gate_up, added, product), 2, axis=-1)
     return (layers.gelu(gate) * up).astype(rows.x.dtype)
 
 
@@ -79,11 +91,12 @@ def merge(
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
     scale: Float[Array, "D"] | TableRow,
+    product: Product = product,
 ) -> Rows:
-    """`kernels.merge`."""
-    product = _product(x, kernel)
-    product = product if gate is None else product * value_of(gate)
-    return scale_rows((residual + product).astype(residual.dtype), scale)
+    """`kernels.merge`, by this product."""
+    added = product(x, kernel).astype(layers.wide(x.dtype))
+    added = added if gate is None else added * value_of(gate)
+    return scale_rows((residual + added).astype(residual.dtype), scale)
 
 
 def attend(
@@ -179,23 +192,15 @@ def _factor(rows: Rows) -> Float[Array, "R 1"]:
     return jax.lax.rsqrt(mean + RMS_EPSILON)
 
 
-def _product(
-    x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized
-) -> Float[Array, "R N"]:
-    """In `wide` precision; of many rows rounded before."""
-    wide = layers.wide(x.dtype)
-    if isinstance(kernel, Quantized):
-        return float8.product(x, kernel).astype(wide)
-    kept = wide if len(x) <= MAX_ROWS else x.dtype
-    return jnp.matmul(x, kernel, preferred_element_type=kept).astype(wide)
-
-
 def _normed(
-    rows: Rows, kernel: Float[Array, "D N"] | Quantized, added: Float[Array, "N"] | TableRow | None
+    rows: Rows,
+    kernel: Float[Array, "D N"] | Quantized,
+    added: Float[Array, "N"] | TableRow | None,
+    product: Product = product,
 ) -> Float[Array, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
-    product = _product(rows.scaled, kernel) * _factor(rows)
-    return product if added is None else product + value_of(added)
+    normed = product(rows.scaled, kernel).astype(rows.squares.dtype) * _factor(rows)
+    return normed if added is None else normed + value_of(added)
 
 
 def _turned(

@@ -18,8 +18,8 @@ class InferenceFlags:
         no_guess: wait for the device to count the kept patches, in the place of trying as many as
             in the last call. With a budget there is nothing to guess.
         autotune: time a few other tiles of the Triton kernels at the start, and keep the fastest.
-        float8: round the vision tower's and the language model's weights to float8, and what they
-            are multiplied by: faster on a GPU from Ada on, and less precise.
+        float8: round the weights of the language model's MLPs to float8, and what they are
+            multiplied by: faster on a GPU from Ada on, and less precise.
     """
 
     no_graphs: tyro.conf.FlagCreatePairsOff[bool] = False

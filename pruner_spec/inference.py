@@ -23,8 +23,8 @@ class InferenceSettings:
             has counted them; what was guessed wrong is computed again.
         autotune: time a few other tiles of the kernels on this GPU before they are captured, and
             keep the fastest for this process.
-        float8: products of many rows, the vision tower's and the language model's, of float8
-            weights and inputs: faster, where a GPU multiplies them, and less precise.
+        float8: products of the language model's MLPs, of float8 weights and inputs: faster, where
+            a GPU multiplies them, and less precise.
     """
 
     graphs: bool = True

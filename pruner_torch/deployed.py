@@ -57,7 +57,7 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class VisionBlock:
-    """A block of the vision tower; `qkv` is [D, 3*D]. Kernels may be `Quantized`."""
+    """A block of the vision tower; `qkv` is [D, 3*D]."""
 
     attention_norm: Norm
     qkv: Affine
@@ -87,7 +87,7 @@ class ExpertLayer:
         qkv: [D, (K + 2*G) * head_dim], queries first, then keys, then values.
         out: [K * head_dim, D].
         gate_up: [D, 2*F], the gate first.
-        down: [F, D].
+        down: [F, D]. Of the language model both may be `Quantized`.
     """
 
     attention_scale: Float[Tensor, "D"] | None
@@ -123,8 +123,7 @@ class Deployed:
     Attributes:
         vision: the tower.
         embedding: [vocabulary, D], as it is in the model.
-        language: a layer each, whose kernels may be `Quantized`; of the last one inference needs
-            keys and values alone.
+        language: a layer each; of the last one inference needs keys and values alone.
         action: a layer each.
         final_norm: of the action expert; None where a schedule has it.
         action_in, action_out: in `wide` precision.
@@ -185,8 +184,7 @@ def deploy(model: "Pi0", float8: bool = False) -> Deployed:
 
     Args:
         model: whose weights these are.
-        float8: whether products of many rows are of `Quantized` kernels: those of the vision
-            tower's blocks and of the language model.
+        float8: whether the kernels of the language model's MLPs are `Quantized`.
     """
     dtype, config = model.dtype, model.config
     high = wide(dtype)
@@ -200,7 +198,7 @@ def deploy(model: "Pi0", float8: bool = False) -> Deployed:
             "time_out": _affine(model.action_time_mlp_out, high),
         }
     return Deployed(
-        vision=_vision(model.vision, dtype, float8),
+        vision=_vision(model.vision, dtype),
         embedding=model.gemma.embedder.embedding,
         language=_layers(model.gemma.language, dtype, float8),
         action=tuple(_outputs_first(layer) for layer in _layers(model.gemma.action, dtype)),
@@ -279,22 +277,22 @@ def _modulations(
     return tuple(found)
 
 
-def _vision(tower: siglip.SigLip, dtype: torch.dtype, float8: bool) -> Vision:
+def _vision(tower: siglip.SigLip, dtype: torch.dtype) -> Vision:
     patches = _affine(tower.patch_embedding, wide(dtype))
     assert patches.bias is not None
     positions = tower.position_embedding.to(wide(dtype))
     return Vision(
         patch_embedding=Affine(patches.kernel, patches.bias + positions),
-        blocks=tuple(_vision_block(block, dtype, float8) for block in tower.blocks),
+        blocks=tuple(_vision_block(block, dtype) for block in tower.blocks),
         final_norm=_layer_norm(tower.final_norm, dtype),
         head=_affine(tower.head, dtype),
     )
 
 
-def _vision_block(block: Any, dtype: torch.dtype, float8: bool) -> VisionBlock:
+def _vision_block(block: Any, dtype: torch.dtype) -> VisionBlock:
     attention = block.attention
     parts = [_affine(part, dtype) for part in (attention.query, attention.key, attention.value)]
-    found = VisionBlock(
+    return VisionBlock(
         attention_norm=_layer_norm(block.attention_norm, dtype),
         qkv=Affine(
             torch.cat([part.kernel for part in parts], dim=-1),
@@ -305,7 +303,6 @@ def _vision_block(block: Any, dtype: torch.dtype, float8: bool) -> VisionBlock:
         up=_affine(block.mlp.up, dtype),
         down=_affine(block.mlp.down, dtype),
     )
-    return _block_in_float8(found) if float8 else found
 
 
 def _layers(
@@ -314,7 +311,7 @@ def _layers(
     return tuple(_layer(layer, dtype, float8) for layer in expert.layers)
 
 
-def _layer(layer: Any, dtype: torch.dtype, float8: bool = False) -> ExpertLayer:
+def _layer(layer: Any, dtype: torch.dtype, float8: bool) -> ExpertLayer:
     attention, mlp = layer.attention, layer.mlp
     query = _merged(attention.query, dtype) * attention.head_dim**-0.5
     found = ExpertLayer(
@@ -325,19 +322,11 @@ def _layer(layer: Any, dtype: torch.dtype, float8: bool = False) -> ExpertLayer:
         gate_up=torch.cat([_merged(mlp.gate, dtype), _merged(mlp.up, dtype)], dim=-1),
         down=_merged(mlp.down, dtype),
     )
-    return _layer_in_float8(found) if float8 else found
+    return _mlp_in_float8(found) if float8 else found
 
 
-def _block_in_float8(block: VisionBlock) -> VisionBlock:
-    affines: dict[str, Any] = {name: getattr(block, name) for name in ("qkv", "out", "up", "down")}
-    for name, affine in affines.items():
-        affines[name] = dataclasses.replace(affine, kernel=quantize(affine.kernel))
-    return dataclasses.replace(block, **affines)
-
-
-def _layer_in_float8(layer: ExpertLayer) -> ExpertLayer:
-    names = ("qkv", "out", "gate_up", "down")
-    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in names}
+def _mlp_in_float8(layer: ExpertLayer) -> ExpertLayer:
+    kernels: dict[str, Any] = {name: quantize(getattr(layer, name)) for name in ("gate_up", "down")}
     return dataclasses.replace(layer, **kernels)
 
 

@@ -39,9 +39,6 @@ class Quantized:
         """A kernel's: inputs and outputs."""
         return self.values.shape[1], self.values.shape[0]
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
 
 def quantize(kernel: Float[Tensor, "D N"]) -> Quantized:
     """A kernel, a scale an output."""
@@ -55,35 +52,13 @@ def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:
     return Quantized(_cast(rows * scale.reciprocal()), scale[:, 0])
 
 
-def last_outputs(
-    kernel: Float[Tensor, "D N"] | Quantized, count: int
-) -> Float[Tensor, "D count"] | Quantized:
-    """The part of a kernel that its last outputs come from."""
-    if isinstance(kernel, Quantized):
-        return Quantized(kernel.values[-count:], kernel.scale[-count:])
-    return kernel[:, -count:]
-
-
-def product(
-    x: Float[Tensor, "*batch D"], kernel: Float[Tensor, "D N"] | Quantized
-) -> Float[Tensor, "*batch N"]:
-    """x · kernel, rounded once to x's dtype where a library multiplies float8."""
-    if not isinstance(kernel, Quantized):
-        return x @ kernel
-    rows = quantize_rows(x.reshape(-1, x.shape[-1]))
-    return multiply(rows, kernel, x.dtype).view(*x.shape[:-1], -1)
-
-
-def multiply(
-    rows: Quantized, kernel: Quantized, dtype: torch.dtype, bias: Float[Tensor, "N"] | None = None
-) -> Float[Tensor, "R N"]:
-    """rows · kernel + bias: by cuBLAS where it can, and else in `wide` precision.
+def multiply(rows: Quantized, kernel: Quantized, dtype: torch.dtype) -> Float[Tensor, "R N"]:
+    """rows · kernel: by cuBLAS where it can, and else in `wide` precision.
 
     Args:
         rows: an input.
         kernel: of as many inputs.
         dtype: of the result.
-        bias: in that dtype.
     """
     if _has_library(kernel, dtype):
         return torch._scaled_mm(
@@ -91,14 +66,12 @@ def multiply(
             kernel.values.T,
             scale_a=rows.scale[:, None],
             scale_b=kernel.scale[None],
-            bias=bias,
             out_dtype=dtype,
             use_fast_accum=True,
         )
     high = wide(dtype)
     y = rows.values.to(high) @ kernel.values.to(high).T
-    y = y * rows.scale[:, None] * kernel.scale
-    return (y if bias is None else y + bias).to(dtype)
+    return (y * rows.scale[:, None] * kernel.scale).to(dtype)
 
 
 def _has_library(kernel: Quantized, dtype: torch.dtype) -> bool:

@@ -29,7 +29,6 @@ from pruner_torch.deployed import (
     Vision,
     VisionBlock,
 )
-from pruner_torch.float8 import Quantized, last_outputs
 from pruner_torch.gemma import Rotary, rotary
 from pruner_torch.layers import LAYER_NORM_EPSILON, attend, gelu, wide
 from pruner_torch.pruner import Selection
@@ -176,7 +175,7 @@ def prefill(
         rows = layer_of(layer, rows, angles, mask, *rooms, following, operations)
     # Of the last layer nobody reads more than keys and values.
     outputs = 2 * config.paligemma.num_kv_heads * head_dim
-    kernel, angle = last_outputs(weights.language[-1].qkv, outputs), _of_tokens(angles)
+    kernel, angle = weights.language[-1].qkv[:, -outputs:], _of_tokens(angles)
     operations.project(rows, kernel, None, *angle, key[-1], value[-1], 0, 0)
     place = torch.arange(config.suffix_length, device=prefix.length.device)
     suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
@@ -353,14 +352,12 @@ def _vision_block(
     operations: ModuleType,
 ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
     """A block's output, and that through the norm of the block that follows; so are its inputs."""
-    qkv = operations.product(normed, block.qkv.kernel, block.qkv.bias)
+    qkv = _affine(normed, block.qkv)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    added = operations.product(attended, block.out.kernel, block.out.bias)
-    x, normed = _add_layer_norm(x, added, block.mlp_norm, operations)
-    activated = _gelu_affine(normed, block.up, operations)
-    added = operations.product(activated, block.down.kernel, block.down.bias)
-    return _add_layer_norm(x, added, following, operations)
+    x, normed = _add_layer_norm(x, _affine(attended, block.out), block.mlp_norm, operations)
+    activated = _gelu_affine(normed, block.up)
+    return _add_layer_norm(x, _affine(activated, block.down), following, operations)
 
 
 def _add_layer_norm(
@@ -371,22 +368,11 @@ def _add_layer_norm(
     return operations.add_layer_norm(x, y, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
-def _gelu_affine(
-    x: Float[Tensor, "B N inputs"], affine: Affine, operations: ModuleType
-) -> Float[Tensor, "B N outputs"]:
-    """GELU of a product. cuBLASLt has its tanh approximation; on a CPU the operation is exact.
-
-    PyTorch has none of a product in float8.
-    """
+def _gelu_affine(x: Float[Tensor, "B N inputs"], affine: Affine) -> Float[Tensor, "B N outputs"]:
+    """GELU of a product. cuBLASLt has its tanh approximation; on a CPU the operation is exact."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    is_float8 = isinstance(affine.kernel, Quantized)
-    if (
-        affine.bias is None
-        or is_float8
-        or not (x.is_cuda and half)
-        or torch.compiler.is_compiling()
-    ):
-        return gelu(operations.product(x, affine.kernel, affine.bias))
+    if affine.bias is None or not (x.is_cuda and half) or torch.compiler.is_compiling():
+        return gelu(_affine(x, affine))
     rows = x.flatten(0, 1)
     return torch._addmm_activation(affine.bias, rows, affine.kernel, use_gelu=True).view(
         *x.shape[:2], -1

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, Pi0, Prefix
 
 # Two ways that only round differently are a tenth of this apart, also in bfloat16. In float8 it is
-# a third to two fifths, through as many layers as π0.5 has: of random weights a product is some 4 %
-# off, but it is added to what came before. What a compiler gets wrong is farther away.
+# up to a seventh, through as many layers as π0.5 has: of random weights a product is some 4 % off,
+# but it is added to what came before. What a compiler gets wrong is farther away.
 _APART = 0.25
 
 logger = logging.getLogger(__name__)

@@ -63,26 +63,6 @@ def _launch() -> ModuleType:
     return kernels_launch
 
 
-def product(
-    x: Float[Tensor, "*batch D"],
-    kernel: Float[Tensor, "D N"] | Quantized,
-    bias: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "*batch N"]:
-    """x · kernel + bias, a library's; what Triton does is to round x where the kernel is in float8.
-
-    Args:
-        x: of many rows.
-        kernel: of x's dtype, or in float8.
-        bias: of x's dtype; None for none.
-    """
-    if not available(x):
-        return plain.product(x, kernel, bias)
-    from pruner_torch import kernels_float8  # here, since it imports Triton
-
-    with torch.cuda.device_of(x):
-        return kernels_float8.product(x, kernel, bias)
-
-
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
     """Hidden states as a norm with this scale takes them.
 
@@ -103,7 +83,7 @@ def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
 
 def project(
     rows: Rows,
-    kernel: Float[Tensor, "D N"] | Quantized,
+    kernel: Float[Tensor, "D N"],
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
@@ -150,7 +130,7 @@ def gated(
 
     Args:
         rows: as in `project`.
-        gate_up: the gate first.
+        gate_up: the gate first; of the rows' dtype, or in float8.
         added: as in `project`.
 
     Raises:
@@ -197,7 +177,7 @@ def merge(
     with torch.cuda.device_of(x):
         if _is_of_few(x, kernel):
             return _launch().merge(x, kernel, residual, gate, scale)
-        return _launch().add_scaled(residual, product(x, kernel), gate, scale)
+        return _launch().add_scaled(residual, _launch().product(x, kernel), gate, scale)
 
 
 def attend(

@@ -11,16 +11,13 @@ from pruner_triton.tiles import power_of_two
 
 
 def product(
-    x: Float[Tensor, "*batch D"],
-    kernel: Float[Tensor, "D N"] | Quantized,
-    bias: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "*batch N"]:
-    """`kernels.product`. Before Ada, GPUs have no float8, nor has Triton there."""
+    x: Float[Tensor, "R D"], kernel: Float[Tensor, "D N"] | Quantized
+) -> Float[Tensor, "R N"]:
+    """`kernels_plain.product`. Before Ada, GPUs have no float8, nor has Triton there."""
     is_older = x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9)
     if not isinstance(kernel, Quantized) or is_older:
-        return plain.product(x, kernel, bias)
-    rows = quantize_rows(x.reshape(-1, x.shape[-1]))
-    return multiply(rows, kernel, x.dtype, bias).view(*x.shape[:-1], -1)
+        return plain.product(x, kernel)
+    return multiply(quantize_rows(x), kernel, x.dtype)
 
 
 def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:

@@ -127,7 +127,7 @@ def project(
 
 def rotate(
     given: Rows,
-    kernel: Float[Tensor, "D N"] | Quantized,
+    kernel: Float[Tensor, "D N"],
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
@@ -138,7 +138,7 @@ def rotate(
 ) -> Float[Tensor, "B S K H"]:
     """`kernels.project`, around a library's product."""
     (batch, length), (groups, head_dim) = cos.shape[:2], key.shape[2:]
-    qkv = product(given.scaled, kernel).view(batch, length, -1)
+    qkv = (given.scaled @ kernel).view(batch, length, -1)
     query = qkv.new_empty(batch, length, num_heads, head_dim)
     pointwise.rotate[(batch * length,)](
         qkv, given.squares, added, cos, sin, query, key, value, batch * length, length, place,
@@ -179,8 +179,8 @@ def gelu_product(
     block = min(power_of_two(width), 1024)
     pointwise.gelu_product[(count, cdiv(width, block))](
         gate_up, given.squares, added, out, count, gate_up.stride(0),
-        WIDTH=width, INPUTS=len(kernel), **_parts(given.squares), HAS_ADDED=added is not None,
-        BLOCK=block, num_warps=max(block // 256, 1),
+        WIDTH=width, INPUTS=kernel.shape[0], **_parts(given.squares),
+        HAS_ADDED=added is not None, BLOCK=block, num_warps=max(block // 256, 1),
     )  # fmt: skip
     return out
 

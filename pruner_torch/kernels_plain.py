@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_torch import float8, layers
-from pruner_torch.float8 import Quantized
+from pruner_torch import layers
+from pruner_torch.float8 import Quantized, multiply, quantize_rows
 from pruner_torch.gemma import RMS_EPSILON
 
 
@@ -34,16 +34,12 @@ class Rows:
 
 
 def product(
-    x: Float[Tensor, "*batch D"],
-    kernel: Float[Tensor, "D N"] | Quantized,
-    bias: Float[Tensor, "N"] | None = None,
-) -> Float[Tensor, "*batch N"]:
-    """`kernels.product`."""
-    if bias is None:
-        return float8.product(x, kernel)
+    x: Float[Tensor, "R D"], kernel: Float[Tensor, "D N"] | Quantized
+) -> Float[Tensor, "R N"]:
+    """A library's; of a kernel in float8, so are the rows."""
     if isinstance(kernel, Quantized):
-        return float8.product(x, kernel) + bias
-    return F.linear(x, kernel.T, bias)
+        return multiply(quantize_rows(x), kernel, x.dtype)
+    return x @ kernel
 
 
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
@@ -54,7 +50,7 @@ def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
 
 def project(
     rows: Rows,
-    kernel: Float[Tensor, "D N"] | Quantized,
+    kernel: Float[Tensor, "D N"],
     added: Float[Tensor, "N"] | None,
     cos: Float[Tensor, "B S half"],
     sin: Float[Tensor, "B S half"],
