@@ -139,8 +139,11 @@ def _bars(panel: "Axes", rows: Sequence[Row]) -> None:
                         panel.vlines(_floor(row), *ends, color="black", linestyle="--")
     panel.set_yticks(range(len(setups)), [_name(setup) for setup in setups])
     panel.invert_yaxis()
+    panel.set_xlim(right=1.1 * panel.get_xlim()[1])  # for the last bar's number
     panel.set_xlabel("ms a call, p50; the floor dashed")
-    _name_colours(panel, {" ".join(way): colour for way, colour in _COLOURS.items()})
+    shown = {(row.backend, row.path) for row in rows}
+    ways = {way: colour for way, colour in _COLOURS.items() if way in shown}
+    _name_colours(panel, {" ".join(way): colour for way, colour in ways.items()})
 
 
 def _split(panel: "Axes", rows: Sequence[Row]) -> None:
