@@ -76,11 +76,11 @@ class Observation:
         if unknown := (set(data["image"]) | set(masks)) - set(CAMERAS):
             raise ValueError(f"image: expected cameras of {list(CAMERAS)}, got {sorted(unknown)}")
         batch = len(data["state"])
-        black = np.full((batch, IMAGE_SIZE, IMAGE_SIZE, 3), -1.0, dtype=np.float32)
+        shape = (batch, IMAGE_SIZE, IMAGE_SIZE, 3)
         images = {
             camera: _as_model_image(camera, data["image"][camera])
             if camera in data["image"]
-            else black
+            else np.full(shape, -1.0, dtype=np.float32)  # black
             for camera in CAMERAS
         }
         present = {
@@ -162,7 +162,11 @@ def _as_model_image(camera: str, image: Any) -> np.ndarray:
             f"image[{camera!r}]: expected the shape [B, height, width, 3], got {list(image.shape)}"
         )
     if image.dtype == np.uint8:
-        image = image.astype(np.float32) / 255.0 * 2.0 - 1.0
+        # In place: new memory for each step costs nine times the arithmetic.
+        image = image.astype(np.float32)
+        image /= 255.0
+        image *= 2.0
+        image -= 1.0
     if image.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
         image = resize_with_pad(image, IMAGE_SIZE, IMAGE_SIZE)
     return image
