@@ -20,6 +20,7 @@ from parity_tests.tolerances import tolerance
 from pruner_spec.buckets import PATCH_BUCKETS, PROMPT_BUCKETS, bucket
 from pruner_spec.config import Pi0Config
 from pruner_spec.inference import InferenceSettings
+from pruner_spec.observation import Observation
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -94,6 +95,30 @@ def test_another_number_of_steps(backend):
         noise = backend.array(batch.noise)
         apart = model.sampler.distance(model.plain.module, batch.observation, noise, 4)
     check("same computation", "float64", f"{backend.name}, deployed", apart)
+
+
+@backends
+def test_bytes_are_what_they_become(backend):
+    """Images of uint8, which the model scales on its device; a camera is missing."""
+    config = tiny_config(dtype="float32", token_pruning_enabled=True)
+    batch = draw_batch(config)
+    images = {
+        camera: np.random.default_rng(place).integers(0, 256, image.shape, np.uint8)
+        for place, (camera, image) in enumerate(batch.observation.images.items())
+        if place > 0
+    }
+    data = {
+        "image": images,
+        "state": batch.observation.state,
+        "tokenized_prompt": batch.observation.tokenized_prompt,
+        "tokenized_prompt_mask": batch.observation.tokenized_prompt_mask,
+    }
+    floats, kept = (Observation.from_dict(data, each) for each in (False, True))
+    assert all(image.dtype == np.uint8 for image in kept.images.values())
+    model = Deployed(backend, config, parameters(config))
+    for way in (model.sample, model.plain.sample):
+        apart = error(way(kept, batch.noise), way(floats, batch.noise))
+        check("same computation", "float32", f"{backend.name}, bytes", apart)
 
 
 @backends

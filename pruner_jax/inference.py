@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from pruner_jax import kernels, kernels_autotune, kernels_plain, sampling, triton_call
 from pruner_jax.deployed import Deployed, Schedule, clock_of, deploy, schedule
 from pruner_jax.forward import Cache, act, denoise, embed, encode, prefill
+from pruner_jax.layers import as_float, wide
 from pruner_jax.pruner import Selection
 from pruner_jax.tables import Gathered
 from pruner_spec.inference import InferenceSettings
@@ -255,7 +256,7 @@ def _encode(
     operations: ModuleType = kernels_plain,
 ) -> "tuple[Encoded, Any]":
     """`encode`, of what `_inputs_of` gives."""
-    return encode(model, weights, *_unpacked(images, rest, length), operations)
+    return encode(model, weights, *_unpacked(model, images, rest, length), operations)
 
 
 def _embed(
@@ -267,13 +268,14 @@ def _embed(
     operations: ModuleType = kernels_plain,
 ) -> "Encoded":
     """`embed`, of what `_inputs_of` gives."""
-    return embed(model, weights, *_unpacked(images, rest, length), operations)
+    return embed(model, weights, *_unpacked(model, images, rest, length), operations)
 
 
 def _unpacked(
-    images: tuple[Array, ...], rest: Any, length: int
+    model: "Pi0", images: tuple[Array, ...], rest: Any, length: int
 ) -> tuple[Array, Array, Array, Array]:
     """Images, camera mask, prompt and prompt mask."""
+    images = tuple(as_float(image, wide(model.dtype)) for image in images)
     if isinstance(rest, tuple):
         *masks, prompt, prompt_mask = rest
         camera_mask = jnp.stack(masks, axis=1)

@@ -26,6 +26,13 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def as_float(image: Shaped[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """An image in [-1, 1], which may be uint8."""
+    is_bytes = image.dtype == jnp.uint8
+    image = image.astype(dtype)
+    return image / 255 * 2 - 1 if is_bytes else image
+
+
 def constant(
     table: Callable[..., np.ndarray], sizes: tuple[int, ...], dtype: jnp.dtype
 ) -> Float[Array, "*shape"]:

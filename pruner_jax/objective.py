@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pruner_jax import randomness
 from pruner_jax.augmentation import augment
+from pruner_jax.layers import as_float
 from pruner_jax.metrics import Measures, measure
 from pruner_spec.augmentation import DRAWS
 from pruner_spec.config import CAMERAS, Pi0Config
@@ -98,7 +99,7 @@ def observe(
     batch: Batch, augmentation: Float[Array, "B C draws"] | None, dtype: jnp.dtype
 ) -> Observation:
     """What the model sees of a batch: images in [-1, 1], augmented if numbers are drawn for it."""
-    images = {camera: _as_float(batch.images[camera], dtype) for camera in CAMERAS}
+    images = {camera: as_float(batch.images[camera], dtype) for camera in CAMERAS}
     if augmentation is not None:
         images = {
             camera: augment(image, augmentation[:, place], camera)
@@ -111,9 +112,3 @@ def observe(
         tokenized_prompt=batch.tokenized_prompt,
         tokenized_prompt_mask=batch.tokenized_prompt_mask,
     )
-
-
-def _as_float(image: Shaped[Array, "B H W 3"], dtype: jnp.dtype) -> Float[Array, "B H W 3"]:
-    is_bytes = image.dtype == jnp.uint8
-    image = image.astype(dtype)
-    return image / 255 * 2 - 1 if is_bytes else image

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax import checkpoint, sampling
 from pruner_jax.gemma import Gemma, KVCache
-from pruner_jax.layers import Linear, constant, wide
+from pruner_jax.layers import Linear, as_float, constant, wide
 from pruner_jax.pruner import ImageTokenPruner, PrunedPatches, Selection, pack
 from pruner_jax.siglip import SigLip
 from pruner_spec import sequence
@@ -189,7 +189,8 @@ class Pi0(nnx.Module):
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        images = [observation.images[camera] for camera in cameras]
+        dtype = wide(self.dtype)
+        images = [as_float(observation.images[camera], dtype) for camera in cameras]
         masks = [observation.image_masks[camera] for camera in cameras]
         return self.embed(
             jnp.stack(images, axis=1),
@@ -470,7 +471,8 @@ class Pi0(nnx.Module):
     def prepare(self, observation: Observation) -> Observation:
         """The observation as arrays of the model's dtypes, checked against the config.
 
-        NumPy's stay NumPy's: a compiled function takes them to the device, in one go.
+        NumPy's stay NumPy's: a compiled function takes them to the device, in one go. So do images
+        of uint8, of which it scales those that it looks at.
         """
         observation.check(self.config)
 

@@ -481,7 +481,8 @@ def _stacked(prepared: Sequence[Prepared]) -> Observation:
             "state": stack("state", np.float32),
             "tokenized_prompt": stack("tokenized_prompt"),
             "tokenized_prompt_mask": stack("tokenized_prompt_mask"),
-        }
+        },
+        keep_bytes=True,
     )
 
 

@@ -23,7 +23,8 @@ class Observation:
     """What a robot sees and is told.
 
     Attributes:
-        images: a camera each, in the order of `CAMERAS`; float [B, 224, 224, 3] in [-1, 1].
+        images: a camera each, in the order of `CAMERAS`; [B, 224, 224, 3], float in [-1, 1], or all
+            uint8 as cameras give them, which the model scales on its device.
         image_masks: bool [B] a camera; False where the camera is missing (its image is black).
         state: float [B, A], zero-padded.
         tokenized_prompt: integer [B, L], padded with 0.
@@ -49,7 +50,8 @@ class Observation:
         for camera in CAMERAS:
             image, mask = self.images[camera], self.image_masks[camera]
             _shape(f"images[{camera!r}]", image, (batch, IMAGE_SIZE, IMAGE_SIZE, 3))
-            _dtype(f"images[{camera!r}]", image, "float")
+            if not _are_bytes(image) or not all(map(_are_bytes, self.images.values())):
+                _dtype(f"images[{camera!r}]", image, "float")
             _shape(f"image_masks[{camera!r}]", mask, (batch,))
             _dtype(f"image_masks[{camera!r}]", mask, "bool")
         _dtype("state", self.state, "float")
@@ -59,12 +61,17 @@ class Observation:
         _dtype("tokenized_prompt_mask", self.tokenized_prompt_mask, "bool")
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], keep_bytes: bool = False) -> Self:
         """From openpi's dictionary, `{"image", "image_mask", "state", "tokenized_prompt", ...}`.
 
         Takes NumPy arrays of one batch. Images may be uint8 (x becomes x / 255 * 2 - 1) and of any
         size: others than 224x224 are resized with their aspect kept, and padded. A camera without
         an entry in "image_mask" is there; a camera without an image is not.
+
+        Args:
+            data: openpi's.
+            keep_bytes: leave images as they are where all are uint8 and of the model's size: a
+                quarter of what has to reach the device.
 
         Raises:
             ValueError: a key is missing or unknown, or an array does not fit.
@@ -77,12 +84,13 @@ class Observation:
             raise ValueError(f"image: expected cameras of {list(CAMERAS)}, got {sorted(unknown)}")
         batch = len(data["state"])
         shape = (batch, IMAGE_SIZE, IMAGE_SIZE, 3)
-        images = {
-            camera: _as_model_image(camera, data["image"][camera])
-            if camera in data["image"]
-            else np.full(shape, -1.0, dtype=np.float32)  # black
-            for camera in CAMERAS
-        }
+        given = {camera: np.asarray(image) for camera, image in data["image"].items()}
+        if keep_bytes and all(_are_bytes(x) and x.shape == shape for x in given.values()):
+            black = np.zeros(shape, np.uint8)
+        else:
+            given = {camera: _as_model_image(camera, image) for camera, image in given.items()}
+            black = np.full(shape, -1.0, np.float32) if len(given) < len(CAMERAS) else None
+        images = {camera: given.get(camera, black) for camera in CAMERAS}
         present = {
             camera: np.asarray(
                 masks.get(camera, np.full(batch, camera in data["image"])), dtype=bool
@@ -155,8 +163,11 @@ def check_actions(name: str, actions: Array, batch: int, config: Pi0Config) -> N
     _shape(name, actions, (batch, config.action_horizon, config.action_dim))
 
 
-def _as_model_image(camera: str, image: Any) -> np.ndarray:
-    image = np.asarray(image)
+def _are_bytes(image: Array) -> bool:
+    return str(image.dtype).removeprefix("torch.") == "uint8"
+
+
+def _as_model_image(camera: str, image: np.ndarray) -> np.ndarray:
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
             f"image[{camera!r}]: expected the shape [B, height, width, 3], got {list(image.shape)}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from pruner_spec.sequence import MASKED_LOGIT
@@ -23,6 +23,13 @@ LAYER_NORM_EPSILON = 1e-6
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype for what bfloat16 is too coarse for: float32, or float64 in a float64 model."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def as_float(image: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """An image in [-1, 1], which may be uint8."""
+    is_bytes = image.dtype == torch.uint8
+    image = image.to(dtype)
+    return image / 255 * 2 - 1 if is_bytes else image
 
 
 @torch.compiler.assume_constant_result

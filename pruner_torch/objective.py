@@ -17,6 +17,7 @@ from pruner_spec.randomness import Stream
 from pruner_spec.training import Batch, TrainingSettings, master_dtype, pruner_noise_shape
 from pruner_torch import randomness
 from pruner_torch.augmentation import augment
+from pruner_torch.layers import as_float
 from pruner_torch.metrics import Measures, measure
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def observe(
     batch: Batch, augmentation: Float[Tensor, "B C draws"] | None, dtype: torch.dtype
 ) -> Observation:
     """What the model sees of a batch: images in [-1, 1], augmented if numbers are drawn for it."""
-    images = {camera: _as_float(batch.images[camera], dtype) for camera in CAMERAS}
+    images = {camera: as_float(batch.images[camera], dtype) for camera in CAMERAS}
     if augmentation is not None:
         images = {
             camera: augment(image, augmentation[:, place], camera)
@@ -121,9 +122,3 @@ def observe(
         tokenized_prompt=batch.tokenized_prompt,
         tokenized_prompt_mask=batch.tokenized_prompt_mask,
     )
-
-
-def _as_float(image: Shaped[Tensor, "B H W 3"], dtype: torch.dtype) -> Float[Tensor, "B H W 3"]:
-    is_bytes = image.dtype == torch.uint8
-    image = image.to(dtype)
-    return image / 255 * 2 - 1 if is_bytes else image

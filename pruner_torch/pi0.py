@@ -28,7 +28,7 @@ from pruner_spec.stats import PrunerRecord
 from pruner_spec.training import GradientCheckpointing
 from pruner_torch import checkpoint, kernels, kernels_plain, sampling
 from pruner_torch.gemma import Gemma, KVCache
-from pruner_torch.layers import Linear, constant, wide
+from pruner_torch.layers import Linear, as_float, constant, wide
 from pruner_torch.pruner import ImageTokenPruner, PrunedPatches, Selection, pack
 from pruner_torch.recomputation import optimized
 from pruner_torch.siglip import SigLip
@@ -475,12 +475,14 @@ class Pi0(nn.Module):
         return sampling.sample_actions(self, observation, noise, num_steps)
 
     def prepare(self, observation: Observation) -> Observation:
-        """The observation as tensors on the model's device, checked against the config."""
+        """The observation as tensors on the model's device, checked against the config; images of
+        uint8 are scaled there."""
         observation.check(self.config)
 
         def move(array: Any) -> Tensor:
             tensor = torch.as_tensor(array, device=self.device)
-            return tensor.to(wide(self.dtype)) if tensor.is_floating_point() else tensor
+            is_number = tensor.is_floating_point() or tensor.dtype == torch.uint8
+            return as_float(tensor, wide(self.dtype)) if is_number else tensor
 
         return observation.map(move)
 

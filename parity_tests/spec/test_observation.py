@@ -202,6 +202,22 @@ def test_bytes_become_numbers_from_minus_one_to_one():
     np.testing.assert_array_equal(image[0], np.full((224, 224, 3), -1.0))
 
 
+def test_bytes_stay_where_they_may():
+    """A missing camera is black as they are; what must be resized becomes floats, and so do all."""
+    images = np.full((2, 224, 224, 3), 7, np.uint8)
+    observation = Observation.from_dict(dictionary(image={LEFT: images}), keep_bytes=True)
+    assert observation.images[LEFT] is images
+    for camera in (BASE, RIGHT):
+        black = np.zeros((2, 224, 224, 3), np.uint8)
+        np.testing.assert_array_equal(observation.images[camera], black, strict=True)
+    for other in (np.zeros((2, 224, 224, 3), F32), np.zeros((2, 100, 50, 3), np.uint8)):
+        data = dictionary(image={LEFT: images, BASE: other})
+        kept, floats = (Observation.from_dict(data, each).images for each in (True, False))
+        for camera in CAMERAS:
+            np.testing.assert_array_equal(kept[camera], floats[camera], strict=True)
+            assert kept[camera].dtype == F32
+
+
 def test_floats_are_taken_as_they_are():
     images = np.random.default_rng(0).uniform(-1, 1, (2, 224, 224, 3)).astype(F32)
     observation = Observation.from_dict(dictionary(image={RIGHT: images}))
