@@ -65,7 +65,9 @@ def test_what_training_normalises_a_policy_gives_back(robot):
     )
     [given] = policy._model.observations
     for camera in CAMERAS:
-        np.testing.assert_array_equal(given.images[camera][0], sample[f"image/{camera}"], strict=True)
+        np.testing.assert_array_equal(
+            given.images[camera][0], sample[f"image/{camera}"], strict=True
+        )
         assert given.image_masks[camera].tolist() == [bool(sample[f"image_mask/{camera}"])]
     np.testing.assert_array_equal(given.tokenized_prompt[0], sample["tokenized_prompt"])
     np.testing.assert_array_equal(given.state[0], sample["state"].astype(np.float32))
