@@ -25,7 +25,7 @@ from flax import nnx
 from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, DEVICE
 from parity_tests.tolerances import tolerance
-from pruner_jax import deployed, forward, kernels, triton_call
+from pruner_jax import deployed, forward, forward_vision, kernels, triton_call
 from pruner_jax.pi0 import Encoded, Pi0
 from pruner_spec.config import GemmaVariant
 
@@ -351,7 +351,7 @@ def test_a_vision_block_is_four_launches(monkeypatch):
     images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
 
     def see(weights: Any, images: Any) -> Any:
-        return forward.see(weights, images, config.vision, model.dtype, kernels)
+        return forward_vision.see(weights, images, config.vision, model.dtype, kernels)
 
     text = jax.jit(see).trace(weights, images).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count(f"@{triton_call.TARGET}(") == 4 * config.vision.depth

@@ -19,22 +19,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax import kernels_plain, sampling
-from pruner_jax.deployed import (
-    Affine,
-    Deployed,
-    ExpertLayer,
-    Norm,
-    Schedule,
-    Vision,
-    VisionBlock,
-)
+from pruner_jax.deployed import Deployed, ExpertLayer, Schedule
+from pruner_jax.forward_vision import apply_affine, see
 from pruner_jax.gemma import Rotary, rotary
 from pruner_jax.kernels import Rows
-from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
+from pruner_jax.layers import attend
 from pruner_jax.pruner import Selection
-from pruner_jax.siglip import patchify
 from pruner_jax.tables import TableRow, value_of
-from pruner_spec.config import VisionVariant
 
 if TYPE_CHECKING:
     from pruner_jax.pi0 import Encoded, Pi0, Prefix
@@ -130,23 +121,6 @@ def act(
     return denoise(model, weights, schedule, cache, state, noise, operations)
 
 
-def see(
-    weights: Vision,
-    images: Float[Array, "B height width 3"],
-    variant: VisionVariant,
-    dtype: jnp.dtype,
-    operations: ModuleType = kernels_plain,
-) -> Float[Array, "B N D"]:
-    """The vision tower: `SigLip.__call__`."""
-    pixels = patchify(images.astype(wide(dtype)), variant.patch_size)
-    x = _affine(pixels, weights.patch_embedding).astype(dtype)
-    norms = [*(block.attention_norm for block in weights.blocks), weights.final_norm]
-    normed = _layer_norm(x, norms[0])
-    for block, following in zip(weights.blocks, norms[1:], strict=True):
-        x, normed = _vision_block(block, following, x, normed, variant.num_heads, operations)
-    return _affine(normed, weights.head)
-
-
 def prefill(
     model: "Pi0", weights: Deployed, prefix: "Prefix", operations: ModuleType = kernels_plain
 ) -> Cache:
@@ -183,7 +157,7 @@ def denoise(
 ) -> Float[Array, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
     mask, place = _suffix_mask(model, cache.valid), cache.valid.shape[1]
-    token = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    token = None if weights.state_in is None else apply_affine(state, weights.state_in)[:, None]
     out = weights.action_out
     assert out.bias is not None
     out_bias = value_of(out.bias)
@@ -276,8 +250,8 @@ def _suffix_rows(
         bias = value_of(action_in.bias)
         return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype)
     assert token is not None
-    tokens = _affine(_affine(x, action_in), weights.time_in) + schedule.time[step]
-    tokens = jnp.concatenate([token, _affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
+    tokens = apply_affine(apply_affine(x, action_in), weights.time_in) + schedule.time[step]
+    tokens = jnp.concatenate([token, apply_affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
     tokens = tokens.reshape(-1, tokens.shape[-1])
     return operations.scale_rows(tokens.astype(model.dtype), scale)
 
@@ -351,38 +325,6 @@ def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S
     return angles.cos[:, :, 0], angles.sin[:, :, 0]
 
 
-def _vision_block(
-    block: VisionBlock,
-    following: Norm,
-    x: Float[Array, "B N D"],
-    normed: Float[Array, "B N D"],
-    num_heads: int,
-    operations: ModuleType,
-) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
-    """A block's output, and that through the norm of the block that follows; so are its inputs.
-
-    Whoever reads a product adds its bias.
-    """
-    qkv = normed @ block.qkv.kernel
-    attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
-    x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
-    activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
-    return _add_layer_norm(x, activated, block.down, following, operations)
-
-
-def _add_layer_norm(
-    x: Float[Array, "B N D"],
-    y: Float[Array, "B N inputs"],
-    affine: Affine,
-    norm: Norm,
-    operations: ModuleType,
-) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
-    """x + affine(y), and its layer norm."""
-    product, bias = y @ affine.kernel, affine.bias
-    vectors = (bias, norm.scale, norm.shift)
-    return operations.add_layer_norm(x, product, *vectors, LAYER_NORM_EPSILON)
-
-
 def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:
     """Who of the suffix may attend to whom; one row where all see the same."""
     batch, length = valid.shape
@@ -392,16 +334,6 @@ def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"
         return before
     place = jnp.arange(length + size)
     return before & (place <= jnp.where(place[length:, None] == length, length, length + size))
-
-
-def _affine(x: Float[Array, "*batch inputs"], affine: Affine) -> Float[Array, "*batch outputs"]:
-    y = x @ affine.kernel
-    return y if affine.bias is None else y + value_of(affine.bias)
-
-
-def _layer_norm(x: Float[Array, "B N D"], norm: Norm) -> Float[Array, "B N D"]:
-    assert norm.shift is not None
-    return kernels_plain.layer_norm(x, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
 def _attend(

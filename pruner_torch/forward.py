@@ -18,22 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pruner_spec.config import VisionVariant
 from pruner_torch import kernels_plain, sampling
-from pruner_torch.deployed import (
-    Affine,
-    Deployed,
-    ExpertLayer,
-    Norm,
-    Schedule,
-    Vision,
-    VisionBlock,
-)
+from pruner_torch.deployed import Deployed, ExpertLayer, Norm, Schedule
+from pruner_torch.forward_vision import apply_affine, see
 from pruner_torch.gemma import Rotary, rotary
-from pruner_torch.layers import LAYER_NORM_EPSILON, attend, gelu, wide
+from pruner_torch.layers import attend
 from pruner_torch.pruner import Selection
 from pruner_torch.recomputation import optimized
-from pruner_torch.siglip import patchify
 
 if TYPE_CHECKING:
     from pruner_torch.pi0 import Encoded, Pi0, Prefix
@@ -135,25 +126,6 @@ def act(
     return denoise(model, weights, schedule, cache, state, noise, compiled, operations)
 
 
-def see(
-    weights: Vision,
-    images: Float[Tensor, "B height width 3"],
-    variant: VisionVariant,
-    dtype: torch.dtype,
-    compiled: bool = False,
-    operations: ModuleType = kernels_plain,
-) -> Float[Tensor, "B N D"]:
-    """The vision tower: `SigLip.__call__`."""
-    pixels = patchify(images.to(wide(dtype)), variant.patch_size)
-    x = _affine(pixels, weights.patch_embedding).to(dtype)
-    block_of = optimized(_vision_block, compiled)
-    norms = [*(block.attention_norm for block in weights.blocks), weights.final_norm]
-    normed = _layer_norm(x, norms[0])
-    for block, following in zip(weights.blocks, norms[1:], strict=True):
-        x, normed = block_of(block, following, x, normed, variant.num_heads, operations)
-    return _affine(normed, weights.head)
-
-
 def prefill(
     model: "Pi0",
     weights: Deployed,
@@ -194,7 +166,7 @@ def denoise(
 ) -> Float[Tensor, "B H A"]:
     """Euler steps from the noise at time 1 to the actions at time 0."""
     mask = _suffix_mask(model, cache.valid)
-    first = None if weights.state_in is None else _affine(state, weights.state_in)[:, None]
+    first = None if weights.state_in is None else apply_affine(state, weights.state_in)[:, None]
     layer_of = optimized(_suffix_layer, compiled)
     x = noise
     for step in range(schedule.steps):
@@ -264,8 +236,10 @@ def _suffix_rows(
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
         return operations.embed_actions(x, kernel, bias, scale, model.dtype)
     assert first is not None
-    tokens = F.silu(_affine(_affine(x, weights.action_in), weights.time_in) + schedule.time[step])
-    tokens = torch.cat([first, _affine(tokens, weights.time_out)], dim=1)
+    tokens = F.silu(
+        apply_affine(apply_affine(x, weights.action_in), weights.time_in) + schedule.time[step]
+    )
+    tokens = torch.cat([first, apply_affine(tokens, weights.time_out)], dim=1)
     return operations.scale_rows(tokens.to(model.dtype).flatten(0, 1), scale)
 
 
@@ -343,42 +317,6 @@ def _of_tokens(angles: Rotary) -> tuple[Float[Tensor, "B S half"], Float[Tensor,
     return angles.cos[:, :, 0], angles.sin[:, :, 0]
 
 
-def _vision_block(
-    block: VisionBlock,
-    following: Norm,
-    x: Float[Tensor, "B N D"],
-    normed: Float[Tensor, "B N D"],
-    num_heads: int,
-    operations: ModuleType,
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
-    """A block's output, and that through the norm of the block that follows; so are its inputs."""
-    qkv = _affine(normed, block.qkv)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x, normed = _add_layer_norm(x, _affine(attended, block.out), block.mlp_norm, operations)
-    activated = _gelu_affine(normed, block.up)
-    return _add_layer_norm(x, _affine(activated, block.down), following, operations)
-
-
-def _add_layer_norm(
-    x: Float[Tensor, "B N D"], y: Float[Tensor, "B N D"], norm: Norm, operations: ModuleType
-) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
-    """x + y, and its layer norm."""
-    assert norm.shift is not None
-    return operations.add_layer_norm(x, y, norm.scale, norm.shift, LAYER_NORM_EPSILON)
-
-
-def _gelu_affine(x: Float[Tensor, "B N inputs"], affine: Affine) -> Float[Tensor, "B N outputs"]:
-    """GELU of a product. cuBLASLt has its tanh approximation; on a CPU the operation is exact."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if affine.bias is None or not (x.is_cuda and half) or torch.compiler.is_compiling():
-        return gelu(_affine(x, affine))
-    rows = x.flatten(0, 1)
-    return torch._addmm_activation(affine.bias, rows, affine.kernel, use_gelu=True).view(
-        *x.shape[:2], -1
-    )
-
-
 def _suffix_mask(model: "Pi0", valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "B _ T"]:
     """Who of the suffix may attend to whom; one row where all see the same."""
     batch, length = valid.shape
@@ -389,16 +327,6 @@ def _suffix_mask(model: "Pi0", valid: Bool[Tensor, "B S"]) -> Bool[Tensor, "B _ 
     sees = place <= torch.where(place[length:, None] == length, length, length + size)
     before = torch.cat([valid, valid.new_ones(batch, size)], dim=1)
     return before[:, None] & sees
-
-
-def _affine(x: Float[Tensor, "*batch inputs"], affine: Affine) -> Float[Tensor, "*batch outputs"]:
-    if affine.bias is None or affine.bias.ndim == 1:
-        return F.linear(x, affine.kernel.T, affine.bias)
-    return x @ affine.kernel + affine.bias
-
-
-def _layer_norm(x: Float[Tensor, "B N D"], norm: Norm) -> Float[Tensor, "B N D"]:
-    return F.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, LAYER_NORM_EPSILON)
 
 
 def _attend(
