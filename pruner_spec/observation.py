@@ -47,10 +47,11 @@ class Observation:
                 raise ValueError(f"{name}: expected the cameras {list(CAMERAS)}, got {list(given)}")
             object.__setattr__(self, name, {camera: given[camera] for camera in CAMERAS})
         batch = _shape("state", self.state, (None, None))[0]
+        are_bytes = all(map(_is_bytes, self.images.values()))
         for camera in CAMERAS:
             image, mask = self.images[camera], self.image_masks[camera]
             _shape(f"images[{camera!r}]", image, (batch, IMAGE_SIZE, IMAGE_SIZE, 3))
-            if not _are_bytes(image) or not all(map(_are_bytes, self.images.values())):
+            if not are_bytes:
                 _dtype(f"images[{camera!r}]", image, "float")
             _shape(f"image_masks[{camera!r}]", mask, (batch,))
             _dtype(f"image_masks[{camera!r}]", mask, "bool")
@@ -85,7 +86,7 @@ class Observation:
         batch = len(data["state"])
         shape = (batch, IMAGE_SIZE, IMAGE_SIZE, 3)
         given = {camera: np.asarray(image) for camera, image in data["image"].items()}
-        if keep_bytes and all(_are_bytes(x) and x.shape == shape for x in given.values()):
+        if keep_bytes and all(_is_bytes(x) and x.shape == shape for x in given.values()):
             black = np.zeros(shape, np.uint8)
         else:
             given = {camera: _as_model_image(camera, image) for camera, image in given.items()}
@@ -163,10 +164,6 @@ def check_actions(name: str, actions: Array, batch: int, config: Pi0Config) -> N
     _shape(name, actions, (batch, config.action_horizon, config.action_dim))
 
 
-def _are_bytes(image: Array) -> bool:
-    return str(image.dtype).removeprefix("torch.") == "uint8"
-
-
 def _as_model_image(camera: str, image: np.ndarray) -> np.ndarray:
     if image.ndim != 4 or image.shape[-1] != 3:
         raise ValueError(
@@ -197,6 +194,14 @@ def _shape(name: str, array: Array, expected: tuple[int | None, ...]) -> tuple[i
 
 def _dtype(name: str, array: Array, kind: str) -> None:
     """`kind` is what the dtype's name must hold: "float", "int" or "bool"."""
-    found = str(array.dtype).removeprefix("torch.")
+    found = _dtype_name(array)
     if kind not in found or found == "uint8":
         raise ValueError(f"{name}: expected a dtype of kind {kind}, got {found}")
+
+
+def _is_bytes(image: Array) -> bool:
+    return _dtype_name(image) == "uint8"
+
+
+def _dtype_name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")

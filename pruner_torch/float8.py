@@ -49,7 +49,8 @@ def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:
     """An input, a scale a row. A row that is not finite gives a product that is not."""
     rows = x.to(torch.float32)
     scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) * (1 / LARGEST)
-    return Quantized(_cast(rows * scale.reciprocal()), scale[:, 0])
+    values = (rows * scale.reciprocal()).to(torch.float8_e4m3fn)
+    return Quantized(values.contiguous(), scale[:, 0])
 
 
 def multiply(rows: Quantized, kernel: Quantized, dtype: torch.dtype) -> Float[Tensor, "R N"]:
@@ -81,8 +82,3 @@ def _has_library(kernel: Quantized, dtype: torch.dtype) -> bool:
         return False
     fits = values.shape[0] % 16 == 0 and values.shape[1] % 16 == 0
     return fits and torch.cuda.get_device_capability(values.device) >= (8, 9)
-
-
-def _cast(x: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
-    """In float8, a row after the other in memory."""
-    return x.to(torch.float8_e4m3fn).contiguous()
