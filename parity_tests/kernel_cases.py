@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from parity_tests.harness import DEVICE
+from pruner_kernels import tiles
+from pruner_kernels.tiles import PROCESSORS, cdiv
 from pruner_spec.sequence import MASKED_LOGIT
 from pruner_torch import kernels, kernels_autotune, kernels_plain
 from pruner_torch.deployed import ExpertLayer
 from pruner_torch.kernels_plain import Rows
-from pruner_triton import tiles
-from pruner_triton.tiles import PROCESSORS, cdiv
 
 FULL = DEVICE == "cuda"  # the sizes of π0.5; otherwise such as an interpreter has patience for
 WIDTH, MLP, HEADS, HEAD_DIM, ACTION_DIM = (1024, 4096, 8, 256, 32) if FULL else (72, 40, 3, 96, 7)

@@ -1,4 +1,4 @@
-"""What JAX's launches of `pruner_triton` compute, held against `kernels_plain` in float64.
+"""What JAX's launches of `pruner_kernels` compute, held against `kernels_plain` in float64.
 
 Run as a program, it tries every case and prints what it found as JSON. Where there is no GPU,
 Triton interprets: in a process of its own, since it is told so before it is imported. A launch is
@@ -33,9 +33,9 @@ from pruner_jax.deployed import ExpertLayer
 from pruner_jax.inference import Sampler
 from pruner_jax.kernels_plain import Rows
 from pruner_jax.tables import TableRow
+from pruner_kernels import tiles
 from pruner_spec.config import GemmaVariant
 from pruner_spec.inference import InferenceSettings
-from pruner_triton import tiles
 
 FULL = DEVICE == "cuda"
 DTYPES = ("float32", "bfloat16")

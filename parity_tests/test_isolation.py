@@ -154,7 +154,7 @@ def test_no_module_of_a_twin_names_the_other_framework(framework):
 
 def test_the_kernels_name_no_framework():
     """Of this project they know the spec alone: either twin launches them."""
-    files = sorted((ROOT / "pruner_triton").glob("*.py"))
+    files = sorted((ROOT / "pruner_kernels").glob("*.py"))
     imported = {name.partition(".")[0] for path in files for name in imports(path.read_text())}
     assert {"triton", "pruner_spec"} <= imported
     others = {"convert", "pruner_run", "parity_tests"}

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from pruner_triton import tiles
-from pruner_triton.tiles import (
+from pruner_kernels import tiles
+from pruner_kernels.tiles import (
     ATTENTION_CANDIDATES,
     CANDIDATES,
     HOPPER,

@@ -1,6 +1,6 @@
 """Triton kernels in a JAX program: the custom call that XLA is given, and on a GPU what it does.
 
-`launch_cases` has the cases of `pruner_triton`'s kernels.
+`launch_cases` has the cases of `pruner_kernels`'s kernels.
 """
 
 import functools

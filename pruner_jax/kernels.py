@@ -8,7 +8,7 @@ of whose packed projection it would launch a copy for each part.
 Triton applies in functions that `jax.jit` compiles for NVIDIA GPUs from Ampere on, in bfloat16 and
 float32: to products of at most `MAX_ROWS` rows, to attention of any length, to vision blocks, and
 to what is rounded to float8. Elsewhere the functions compute the same with JAX's operations
-(`kernels_plain`). The kernels themselves are `pruner_triton`'s, which PyTorch launches too.
+(`kernels_plain`). The kernels themselves are `pruner_kernels`'s, which PyTorch launches too.
 
 A product of few rows takes a `kernel` that lies in memory outputs first: `stored.T`, of an array
 [outputs, inputs], which XLA does not compute. Any other it would copy.

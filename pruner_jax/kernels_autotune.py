@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pruner_jax import kernels
 from pruner_jax.kernels_plain import Rows
-from pruner_triton import tiles
+from pruner_kernels import tiles
 
 if TYPE_CHECKING:
     from pruner_jax.deployed import ExpertLayer

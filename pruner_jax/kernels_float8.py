@@ -1,4 +1,4 @@
-"""Launch of `pruner_triton.float8`, and a library's product of what it writes."""
+"""Launch of `pruner_kernels.float8`, and a library's product of what it writes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 from pruner_jax import kernels_plain as plain
 from pruner_jax.float8 import LARGEST, SMALLEST, Quantized, multiply
 from pruner_jax.triton_call import capability, triton_call
-from pruner_triton import float8
-from pruner_triton.tiles import power_of_two
+from pruner_kernels import float8
+from pruner_kernels.tiles import power_of_two
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:

@@ -1,4 +1,4 @@
-"""Launches of `pruner_triton`'s kernels: results are named, tiles chosen, vectors found in tables.
+"""Launches of `pruner_kernels`'s kernels: results are named, tiles chosen, vectors found in tables.
 
 Names and arguments are those of `kernels`. Sizes and strides are constants of what is compiled:
 another length of the prefix compiles `project` and `attend` anew.
@@ -18,8 +18,8 @@ from pruner_jax import kernels_tables as tables
 from pruner_jax.kernels_plain import Rows
 from pruner_jax.tables import TableRow
 from pruner_jax.triton_call import capability, triton_call
-from pruner_triton import attention
-from pruner_triton.tiles import (
+from pruner_kernels import attention
+from pruner_kernels.tiles import (
     COUNTERS,
     HOPPER,
     Tiles,

@@ -1,4 +1,4 @@
-"""`pruner_triton`'s kernels over dense arrays, of whose vectors some are rows of tables.
+"""`pruner_kernels`'s kernels over dense arrays, of whose vectors some are rows of tables.
 
 A custom call's pointers are those of whole arrays, so that a kernel itself must find its row of a
 table; PyTorch passes a view. Of a schedule's tables all vectors of a launch are of one step: a
@@ -8,8 +8,8 @@ all vectors have. The vision tower's have each a row of their own, None where it
 
 import triton.language as tl
 
-from pruner_triton import rows, vision
-from pruner_triton.language import jit
+from pruner_kernels import rows, vision
+from pruner_kernels.language import jit
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Launches of `pruner_triton`'s vision kernels: what stands between the products of a block."""
+"""Launches of `pruner_kernels`'s vision kernels: what stands between the products of a block."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from pruner_jax import kernels_tables
 from pruner_jax.tables import TableRow
 from pruner_jax.triton_call import triton_call
-from pruner_triton.tiles import cdiv, power_of_two
+from pruner_kernels.tiles import cdiv, power_of_two
 
 
 def split_bias(

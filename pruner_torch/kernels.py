@@ -6,7 +6,7 @@ rows a library's product is as fast, and Triton computes what stands around it.
 
 Triton applies on NVIDIA GPUs from Ampere on, in bfloat16 and float32; elsewhere, and while
 something is being traced, the functions compute the same with PyTorch's operations
-(`kernels_plain`). The kernels themselves are `pruner_triton`'s, which JAX launches too.
+(`kernels_plain`). The kernels themselves are `pruner_kernels`'s, which JAX launches too.
 
 A product of few rows takes a `kernel` whose outputs lie first in memory: a transposed copy's view,
 `kernel.T.contiguous().T`. Any other goes to a library, and so does one in float8.

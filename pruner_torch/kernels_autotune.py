@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pruner_kernels import tiles
 from pruner_torch import kernels
 from pruner_torch.graphs import Graphs
 from pruner_torch.kernels_plain import Rows
-from pruner_triton import tiles
 
 if TYPE_CHECKING:
     from pruner_torch.deployed import ExpertLayer

@@ -1,13 +1,13 @@
-"""Launch of `pruner_triton.float8`, and a library's product of what it writes."""
+"""Launch of `pruner_kernels.float8`, and a library's product of what it writes."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pruner_kernels import float8
+from pruner_kernels.tiles import power_of_two
 from pruner_torch import kernels_plain as plain
 from pruner_torch.float8 import LARGEST, SMALLEST, Quantized, multiply
-from pruner_triton import float8
-from pruner_triton.tiles import power_of_two
 
 
 def product(

@@ -1,4 +1,4 @@
-"""Launches of `pruner_triton`'s kernels: results are allocated, tiles chosen, strides passed on.
+"""Launches of `pruner_kernels`'s kernels: results are allocated, tiles chosen, strides passed on.
 
 Names and arguments are those of `kernels`, whose checks have passed.
 """
@@ -9,11 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_torch.float8 import Quantized
-from pruner_torch.kernels_float8 import product
-from pruner_torch.kernels_plain import Rows
-from pruner_triton import attention, pointwise, rows
-from pruner_triton.tiles import (
+from pruner_kernels import attention, pointwise, rows
+from pruner_kernels.tiles import (
     COUNTERS,
     HOPPER,
     Tiles,
@@ -23,6 +20,9 @@ from pruner_triton.tiles import (
     product_tiles,
     row_block,
 )
+from pruner_torch.float8 import Quantized
+from pruner_torch.kernels_float8 import product
+from pruner_torch.kernels_plain import Rows
 
 STREAMS = 64  # that have counters of their own: 1 MiB
 _counters: dict[torch.device, Tensor] = {}

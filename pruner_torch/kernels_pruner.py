@@ -1,4 +1,4 @@
-"""Launches of `pruner_triton.pruner`: the pruner at inference, from tokens to the packed prefix.
+"""Launches of `pruner_kernels.pruner`: the pruner at inference, from tokens to the packed prefix.
 
 No gradients. Scores are rounded otherwise than the plain ones; the selection by given scores and
 the prefix are the same to the last bit.
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pruner_triton import pruner
-from pruner_triton.tiles import cdiv, power_of_two
+from pruner_kernels import pruner
+from pruner_kernels.tiles import cdiv, power_of_two
 
 MAX_TASK = 256  # tokens; a program holds the weights of all of them
 

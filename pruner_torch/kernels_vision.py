@@ -1,11 +1,11 @@
-"""Launches of `pruner_triton.vision`."""
+"""Launches of `pruner_kernels.vision`."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pruner_triton import vision
-from pruner_triton.tiles import power_of_two
+from pruner_kernels import vision
+from pruner_kernels.tiles import power_of_two
 
 
 def add_layer_norm(

@@ -13,7 +13,7 @@ anywhere. Dimension letters: R rows, D width, N outputs.
 
 import triton.language as tl
 
-from pruner_triton.language import (
+from pruner_kernels.language import (
     dot,
     gelu,
     is_last,

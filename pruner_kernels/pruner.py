@@ -8,8 +8,8 @@ afterwards.
 
 import triton.language as tl
 
+from pruner_kernels.language import dot, jit
 from pruner_spec.pruner import RMS_EPSILON
-from pruner_triton.language import dot, jit
 
 EPSILON = tl.constexpr(RMS_EPSILON)
 

@@ -6,7 +6,7 @@ programs share a tile's keys; the one that finds itself last puts the parts toge
 
 import triton.language as tl
 
-from pruner_triton.language import LOG2_E, MASKED, dot, is_last, jit
+from pruner_kernels.language import LOG2_E, MASKED, dot, is_last, jit
 
 
 @jit

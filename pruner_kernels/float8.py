@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from pruner_triton.language import jit
+from pruner_kernels.language import jit
 
 
 @jit

@@ -6,7 +6,7 @@ A bias is of a product that a library left without it.
 
 import triton.language as tl
 
-from pruner_triton.language import gelu, jit
+from pruner_kernels.language import gelu, jit
 
 
 @jit

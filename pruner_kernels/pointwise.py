@@ -1,13 +1,13 @@
 """What stands around a library's products of many rows, a row or a token a program.
 
 Each reads its input once and writes its output once. The norm before a product is applied after
-it, as `pruner_triton.rows` explains: x · scale goes into the product, r and the shift's product
+it, as `pruner_kernels.rows` explains: x · scale goes into the product, r and the shift's product
 are applied to what comes out.
 """
 
 import triton.language as tl
 
-from pruner_triton.language import gelu, jit, load_squares, norm_factor, turn
+from pruner_kernels.language import gelu, jit, load_squares, norm_factor, turn
 
 
 @jit
