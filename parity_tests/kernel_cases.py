@@ -246,7 +246,7 @@ def attend(numbers: Numbers) -> Iterator[Case]:
             weights /= weights.sum(-1, keepdims=True)
             expected = np.einsum("bskt,bth->bskh", weights, double(value[:, :, 0]))
             call = calling("attend", query, key, value, given)
-            expected = expected.reshape(batch, length, -1)
+            expected = expected.reshape(batch * length, -1)
             yield Case(f"{batch}x{length} of {keys}, {name}", "attend", call, expected)
 
 

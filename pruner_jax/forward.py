@@ -248,7 +248,9 @@ def _suffix_rows(
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
         assert action_in.bias is not None
         bias = value_of(action_in.bias)
-        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype)
+        layer, head_dim = weights.action[0].inputs_first, model.config.paligemma.head_dim
+        packed = bool(schedule.attention) and operations.packs(len(x) * x.shape[1], layer, head_dim)
+        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype, packed)
     assert token is not None
     tokens = apply_affine(apply_affine(x, action_in), weights.time_in) + schedule.time[step]
     tokens = jnp.concatenate([token, apply_affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
@@ -275,7 +277,7 @@ def _prefix_layer(
     query, key, value = kernels_plain.project(
         rows, layer.qkv, None, *_tables(angles), empty, empty, 0, len(layer.out) // head_dim
     )
-    attended = _attend(query, key, value, valid[:, None], operations).reshape(len(rows.x), -1)
+    attended = _attend(query, key, value, valid[:, None], False, operations)
     rows = kernels_plain.merge(attended, layer.out, rows.x, None, norms.mlp_scale)
     gated = kernels_plain.gated(rows, layer.gate_up, None, operations.product)
     rows = kernels_plain.merge(gated, layer.down, rows.x, None, following, operations.product)
@@ -294,12 +296,13 @@ def _suffix_layer(
     operations: ModuleType,
 ) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """A layer of the action expert; its keys and values are those in `past` from `place` on."""
-    layer = _inputs_first(layer)
+    layer = layer.inputs_first
     heads = len(layer.out) // past[0].shape[-1]
     query, key, value = operations.project(
         rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
     )
-    attended = _attend(query, key, value, mask, operations).reshape(len(rows.x), -1)
+    packed = kernels_plain.is_packed(rows.scaled)
+    attended = _attend(query, key, value, mask, packed, operations)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
     gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
     rows = operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
@@ -313,12 +316,6 @@ def _project_keys(
     outputs = 2 * empty.shape[2] * empty.shape[3]
     kernel = layer.qkv[:, -outputs:]
     return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
-
-
-def _inputs_first(layer: ExpertLayer) -> ExpertLayer:
-    """A layer of the action expert as the operations are given it; nothing moves."""
-    names = ("qkv", "out", "gate_up", "down")
-    return dataclasses.replace(layer, **{name: getattr(layer, name).T for name in names})
 
 
 def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
@@ -341,11 +338,14 @@ def _attend(
     key: Float[Array, "B T G head_dim"],
     value: Float[Array, "B T G head_dim"],
     mask: Bool[Array, "B _ _"],
+    packed: bool,
     operations: ModuleType,
-) -> Float[Array, "B S K*head_dim"]:
-    """Softmax attention of queries that are scaled already, to as many keys as the mask has."""
+) -> Array:
+    """Softmax attention of queries that are scaled already, to as many keys as the mask has:
+    [B * S, K * head_dim], or packed."""
     if key.shape[2] == 1 and mask.shape[1] == 1:
-        return operations.attend(query, key, value, mask[:, 0])
+        return operations.attend(query, key, value, mask[:, 0], packed)
     keys = mask.shape[2]
     everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], keys))
-    return attend(query, key[:, :keys], value[:, :keys], everyone)
+    out = attend(query, key[:, :keys], value[:, :keys], everyone)
+    return out.reshape(-1, out.shape[-1])

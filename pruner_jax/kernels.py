@@ -22,6 +22,7 @@ In a vision block N are patches.
 """
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -31,7 +32,12 @@ from pruner_jax import triton_call
 from pruner_jax.float8 import Quantized
 from pruner_jax.kernels_plain import MAX_ROWS, Rows
 from pruner_jax.tables import TableRow
+from pruner_kernels import few_rows
 
+if TYPE_CHECKING:
+    from pruner_jax.deployed import ExpertLayer
+
+HOPPER = 90  # a capability
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -46,10 +52,36 @@ def _launch() -> ModuleType:
     return kernels_launch
 
 
+def _packed() -> ModuleType:
+    from pruner_jax import kernels_packed
+
+    return kernels_packed
+
+
 def _vision() -> ModuleType:
     from pruner_jax import kernels_vision
 
     return kernels_vision
+
+
+def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
+    """Whether a layer's products are the fastest of packed rows, as `embed_actions` and `attend`
+    write them where they are told to; from there on they remain packed.
+
+    A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert; what an adaptive
+    norm adds and gates, as rows of tables.
+
+    Args:
+        rows: tokens of all samples.
+        layer: its kernels, inputs first.
+        head_dim: of its heads.
+    """
+    if not available(layer.qkv) or triton_call.capability() != HOPPER:
+        return False
+    heads, mlp = len(layer.out) // head_dim, len(layer.down)
+    groups = (layer.qkv.shape[1] // head_dim - heads) // 2
+    sizes = rows, len(layer.qkv), mlp, heads, groups, head_dim, 8 * layer.qkv.dtype.itemsize
+    return few_rows.applies(*sizes) and few_rows.available()
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
@@ -103,25 +135,32 @@ def project(
     """
     fits = _is_of_few(rows.x) and num_heads > 0 and key.shape[-1] % 32 == 0
     call = _launch().project if fits else plain.project
+    if plain.is_packed(rows.scaled) and available(rows.x):
+        call = _packed().project
     return call(rows, kernel, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
     rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
-) -> Float[Array, "R F"]:
+) -> Array:
     """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
 
     Args:
         rows: as in `project`.
         gate_up: the gate first.
         added: as in `project`.
+
+    Returns:
+        [R, F], packed if the rows are.
     """
     call = _launch().gated if _is_of_few(rows.x) else plain.gated
+    if plain.is_packed(rows.scaled) and available(rows.x):
+        call = _packed().gated
     return call(rows, gate_up, added)
 
 
 def merge(
-    x: Float[Array, "R F"],
+    x: Array,
     kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
@@ -130,13 +169,15 @@ def merge(
     """residual + (x · kernel) * gate, rounded once, as the norm that follows takes it.
 
     Args:
-        x: of R tokens.
+        x: [R, F]; or packed, as what is scaled then is, too.
         kernel: of x's dtype.
         residual: like the result.
         gate: of any dtype; None for 1.
         scale: of the norm that follows, as in `scale_rows`.
     """
-    call = _launch().merge if _is_of_few(x) else plain.merge
+    call = _launch().merge if _is_of_few(residual) else plain.merge
+    if plain.is_packed(x) and available(x):
+        call = _packed().merge
     return call(x, kernel, residual, gate, scale)
 
 
@@ -145,7 +186,8 @@ def attend(
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
-) -> Float[Array, "B S K*H"]:
+    packed: bool = False,
+) -> Array:
     """Softmax attention of queries that are scaled already, all heads to the same keys.
 
     Args:
@@ -153,9 +195,13 @@ def attend(
         key, value: values of masked keys are to be finite: they are multiplied by 0.
         key_mask: False for keys that nobody attends to; where all are, values are averaged. Keys
             past its end are not there. None for all T.
+        packed: how the result is written.
+
+    Returns:
+        [B * S, K * H], or packed.
     """
     call = _launch().attend if available(query) else plain.attend
-    return call(query, key, value, key_mask)
+    return call(query, key, value, key_mask, packed)
 
 
 def embed_actions(
@@ -164,6 +210,7 @@ def embed_actions(
     bias: Float[Array, "E"],
     scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
+    packed: bool = False,
 ) -> Rows:
     """Tokens of noisy actions, as the first norm takes them; `wide` until they are written.
 
@@ -171,10 +218,12 @@ def embed_actions(
         noisy, kernel, bias: in `wide` precision.
         scale: as in `scale_rows`.
         dtype: of the tokens.
+        packed: how what is scaled is written.
     """
     if not available(noisy):
-        return plain.embed_actions(noisy, kernel, bias, scale, dtype)
-    return _launch().embed_actions(noisy.reshape(-1, len(kernel)), kernel, bias, scale, dtype)
+        return plain.embed_actions(noisy, kernel, bias, scale, dtype, packed)
+    rows = noisy.reshape(-1, len(kernel))
+    return _launch().embed_actions(rows, kernel, bias, scale, dtype, packed)
 
 
 def euler_step(

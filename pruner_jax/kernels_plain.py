@@ -5,6 +5,7 @@ The same names and arguments; the letters are there.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from pruner_jax import layers
 from pruner_jax.float8 import Quantized, multiply, quantize_rows
 from pruner_jax.gemma import RMS_EPSILON
 from pruner_jax.tables import TableRow, value_of
+from pruner_kernels.few_rows import packed_shape
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
 
@@ -30,13 +32,39 @@ class Rows:
 
     Attributes:
         x: of R tokens.
-        scaled: x times the norm's scale.
+        scaled: x times the norm's scale, for some products packed, [D/32, 4, N, 8]: see `pack`.
         squares: the sum of each row's squares, in P parts; in `wide` precision.
     """
 
     x: Float[Array, "R D"]
-    scaled: Float[Array, "R D"]
+    scaled: Array
     squares: Float[Array, "P R"]
+
+
+def packs(rows: int, layer: Any, head_dim: int) -> bool:
+    """`kernels.packs`: XLA takes rows as they are."""
+    return False
+
+
+def pack(x: Float[Array, "R D"]) -> Float[Array, "D/32 4 N 8"]:
+    """Rows as `pruner_kernels/few_rows.cu` reads them; the R up to a multiple of 8 are N."""
+    rows, width = x.shape
+    groups, _, count, _ = packed_shape(rows, width)
+    padded = jnp.pad(x, ((0, count - rows), (0, 0))).reshape(count, groups, 4, 4, 2)
+    return padded.transpose(1, 3, 0, 2, 4).reshape(groups, 4, count, 8)
+
+
+def unpack(x: Array, rows: int) -> Float[Array, "R D"]:
+    """The R rows, whether they are packed or not."""
+    if not is_packed(x):
+        return x
+    groups, _, count, _ = x.shape
+    apart = x.reshape(groups, 4, count, 4, 2).transpose(2, 0, 3, 1, 4)
+    return apart.reshape(count, groups * 32)[:rows]
+
+
+def is_packed(x: Array) -> bool:
+    return x.ndim == 4
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
@@ -79,14 +107,15 @@ def gated(
     gate_up: Float[Array, "D 2*F"] | Quantized,
     added: Float[Array, "2*F"] | TableRow | None,
     product: Product = product,
-) -> Float[Array, "R F"]:
+) -> Array:
     """`kernels.gated`, by this product."""
     gate, up = jnp.split(_normed(rows, gate_up, added, product), 2, axis=-1)
-    return (layers.gelu(gate) * up).astype(rows.x.dtype)
+    out = (layers.gelu(gate) * up).astype(rows.x.dtype)
+    return pack(out) if is_packed(rows.scaled) else out
 
 
 def merge(
-    x: Float[Array, "R F"],
+    x: Array,
     kernel: Float[Array, "F D"] | Quantized,
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
@@ -94,9 +123,9 @@ def merge(
     product: Product = product,
 ) -> Rows:
     """`kernels.merge`, by this product."""
-    added = product(x, kernel).astype(layers.wide(x.dtype))
+    added = product(unpack(x, len(residual)), kernel).astype(layers.wide(x.dtype))
     added = added if gate is None else added * value_of(gate)
-    return scale_rows((residual + added).astype(residual.dtype), scale)
+    return _scaled_as(is_packed(x), scale_rows((residual + added).astype(residual.dtype), scale))
 
 
 def attend(
@@ -104,13 +133,16 @@ def attend(
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
-) -> Float[Array, "B S K*H"]:
+    packed: bool = False,
+) -> Array:
     """`kernels.attend`."""
-    if key_mask is None:
-        return layers.attend(query, key, value)
-    batch, keys = key_mask.shape
-    mask = jnp.broadcast_to(key_mask[:, None], (batch, query.shape[1], keys))
-    return layers.attend(query, key[:, :keys], value[:, :keys], mask)
+    mask, keys = None, key.shape[1]
+    if key_mask is not None:
+        batch, keys = key_mask.shape
+        mask = jnp.broadcast_to(key_mask[:, None], (batch, query.shape[1], keys))
+    out = layers.attend(query, key[:, :keys], value[:, :keys], mask)
+    out = out.reshape(-1, out.shape[-1])
+    return pack(out) if packed else out
 
 
 def embed_actions(
@@ -119,10 +151,11 @@ def embed_actions(
     bias: Float[Array, "E"],
     scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
+    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
     tokens = noisy.reshape(-1, len(kernel)) @ kernel + bias
-    return scale_rows(tokens.astype(dtype), scale)
+    return _scaled_as(packed, scale_rows(tokens.astype(dtype), scale))
 
 
 def euler_step(
@@ -186,6 +219,10 @@ def layer_norm(
     return normed.astype(x.dtype)
 
 
+def _scaled_as(packed: bool, rows: Rows) -> Rows:
+    return dataclasses.replace(rows, scaled=pack(rows.scaled)) if packed else rows
+
+
 def _factor(rows: Rows) -> Float[Array, "R 1"]:
     """1 / rms."""
     mean = rows.squares.sum(axis=0)[:, None] / rows.x.shape[1]
@@ -199,7 +236,8 @@ def _normed(
     product: Product = product,
 ) -> Float[Array, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
-    normed = product(rows.scaled, kernel).astype(rows.squares.dtype) * _factor(rows)
+    scaled = unpack(rows.scaled, len(rows.x))
+    normed = product(scaled, kernel).astype(rows.squares.dtype) * _factor(rows)
     return normed if added is None else normed + value_of(added)
 
 

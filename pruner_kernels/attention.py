@@ -6,7 +6,7 @@ programs share a tile's keys; the one that finds itself last puts the parts toge
 
 import triton.language as tl
 
-from pruner_kernels.language import LOG2_E, MASKED, dot, is_last, jit
+from pruner_kernels.language import LOG2_E, MASKED, dot, is_last, jit, packed
 
 
 @jit
@@ -50,8 +50,12 @@ def attend(
     mask_batch, mask_token,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of rows (token, head) to a span of the keys."""
+    """Softmax attention of rows (token, head) to a span of the keys.
+
+    PACKED is 0, or of how many packed rows the result is, a token each.
+    """
     batch = tl.program_id(2).to(tl.int64)
     part = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -70,7 +74,11 @@ def attend(
         mask_token, HEAD_DIM, HAS_MASK, ROWS, KEYS, WIDTH,
     )  # fmt: skip
 
-    to = out + (batch * length * HEADS + row)[:, None] * HEAD_DIM + h[None, :]
+    if PACKED:
+        k = (row % HEADS * HEAD_DIM)[:, None] + h[None, :]
+        to = out + packed((batch * length + row // HEADS)[:, None], k, PACKED)
+    else:
+        to = out + (batch * length * HEADS + row)[:, None] * HEAD_DIM + h[None, :]
     written = is_row[:, None] & is_h[None, :]
     if PARTS == 1:
         tl.store(to, (total / sum[:, None]).to(out.dtype.element_ty), mask=written)

@@ -38,6 +38,12 @@ def turn(first, second, cos, sin):
 
 
 @jit
+def packed(row, k, ROWS: tl.constexpr):
+    """Where an element is in packed rows [D / 32, 4, ROWS, 8]; `few_rows.cu` reads them."""
+    return ((k // 32 * 4 + k % 8 // 2) * ROWS + row) * 8 + k % 32 // 8 * 2 + k % 2
+
+
+@jit
 def load_squares(squares, row, is_row, rows, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
     """Sums of squares of rows, as PARTS programs left them: [PARTS, rows]. See `norm_factor`."""
     part = tl.arange(0, PARTS_BLOCK)

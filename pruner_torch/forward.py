@@ -234,7 +234,9 @@ def _suffix_rows(
     """`Pi0.embed_suffix_at`, as the first norm takes it; `first` is π0's state token."""
     kernel, bias = weights.action_in.kernel, weights.action_in.bias
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
-        return operations.embed_actions(x, kernel, bias, scale, model.dtype)
+        layer, head_dim = weights.action[0], model.config.paligemma.head_dim
+        packed = bool(schedule.attention) and operations.packs(len(x) * x.shape[1], layer, head_dim)
+        return operations.embed_actions(x, kernel, bias, scale, model.dtype, packed)
     assert first is not None
     tokens = F.silu(
         apply_affine(apply_affine(x, weights.action_in), weights.time_in) + schedule.time[step]
@@ -306,7 +308,8 @@ def _layer(
     query, key, value = operations.project(
         rows, layer.qkv, added, *_of_tokens(angles), key, value, place, heads
     )
-    attended = _attend(query, key[:, :length], value[:, :length], mask, operations).flatten(0, 1)
+    packed = kernels_plain.is_packed(rows.scaled)
+    attended = _attend(query, key[:, :length], value[:, :length], mask, packed, operations)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
     gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
     return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
@@ -334,9 +337,10 @@ def _attend(
     key: Float[Tensor, "B T G head_dim"],
     value: Float[Tensor, "B T G head_dim"],
     mask: Bool[Tensor, "B _ T"],
+    packed: bool,
     operations: ModuleType,
-) -> Float[Tensor, "B S K*head_dim"]:
-    """Softmax attention of queries that are scaled already."""
+) -> Tensor:
+    """Softmax attention of queries that are scaled already: [B * S, K * head_dim], or packed."""
     if key.shape[2] == 1 and mask.shape[1] == 1:
-        return operations.attend(query, key, value, mask[:, 0])
-    return attend(query, key, value, mask.expand(-1, query.shape[1], -1))
+        return operations.attend(query, key, value, mask[:, 0], packed)
+    return attend(query, key, value, mask.expand(-1, query.shape[1], -1)).flatten(0, 1)

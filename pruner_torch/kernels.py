@@ -23,15 +23,20 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pruner_kernels import few_rows
 from pruner_torch import kernels_checks as checks
 from pruner_torch import kernels_plain as plain
 from pruner_torch.float8 import Quantized
 from pruner_torch.kernels_plain import Rows
+
+if TYPE_CHECKING:
+    from pruner_torch.deployed import ExpertLayer
 
 MAX_ROWS = 128  # above, a library's product is as fast
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -61,6 +66,36 @@ def _launch() -> ModuleType:
     from pruner_torch import kernels_launch  # here, since it imports Triton
 
     return kernels_launch
+
+
+def _packed() -> ModuleType:
+    from pruner_torch import kernels_packed  # here, since it imports the driver's bindings
+
+    return kernels_packed
+
+
+def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
+    """Whether a layer's products are the fastest of packed rows, as `embed_actions` and `attend`
+    write them where they are told to; from there on they remain packed.
+
+    A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert; kernels that lie
+    outputs first, and what an adaptive norm adds and gates.
+
+    Args:
+        rows: tokens of all samples.
+        layer: its kernels.
+        head_dim: of its heads.
+    """
+    kernels = layer.qkv, layer.out, layer.gate_up, layer.down
+    if any(isinstance(kernel, Quantized) for kernel in kernels) or not available(layer.qkv):
+        return False
+    if not layer.qkv.is_cuda or _capability(layer.qkv.device) != few_rows.CAPABILITY:
+        return False
+    heads, mlp = len(layer.out) // head_dim, len(layer.down)
+    groups = (layer.qkv.shape[1] // head_dim - heads) // 2
+    sizes = rows, len(layer.qkv), mlp, heads, groups, head_dim, 8 * layer.qkv.itemsize
+    adjacent = all(_is_outputs_first(kernel) for kernel in kernels)
+    return adjacent and few_rows.applies(*sizes) and few_rows.available()
 
 
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
@@ -109,13 +144,15 @@ def project(
     Raises:
         ValueError: sizes, strides or dtypes do not fit.
     """
-    checks.check_product(rows.scaled, kernel)
+    checks.check_normed(rows, kernel)
     checks.check_columns("added", added, kernel.shape[1])
     checks.check_projection(len(rows.x), kernel.shape[1], cos, sin, key, value, place, num_heads)
     if not available(rows.x):
         return plain.project(rows, kernel, added, cos, sin, key, value, place, num_heads)
     with torch.cuda.device_of(rows.x):
-        if _is_of_few(rows.x, kernel) and num_heads and key.shape[-1] % 32 == 0:
+        if plain.is_packed(rows.scaled):
+            call = _packed().project
+        elif _is_of_few(rows.x, kernel) and num_heads and key.shape[-1] % 32 == 0:
             call = _launch().project
         else:
             call = _launch().rotate
@@ -125,7 +162,7 @@ def project(
 
 def gated(
     rows: Rows, gate_up: Float[Tensor, "D 2*F"] | Quantized, added: Float[Tensor, "2*F"] | None
-) -> Float[Tensor, "R F"]:
+) -> Tensor:
     """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
 
     Args:
@@ -133,21 +170,26 @@ def gated(
         gate_up: the gate first; of the rows' dtype, or in float8.
         added: as in `project`.
 
+    Returns:
+        [R, F], packed if the rows are.
+
     Raises:
         ValueError: sizes, strides or dtypes do not fit.
     """
-    checks.check_product(rows.scaled, gate_up)
+    checks.check_normed(rows, gate_up)
     checks.check_halves("gate_up", gate_up)
     checks.check_columns("added", added, gate_up.shape[1])
     if not available(rows.x):
         return plain.gated(rows, gate_up, added)
     with torch.cuda.device_of(rows.x):
+        if plain.is_packed(rows.scaled):
+            return _packed().gated(rows, gate_up, added)
         call = _launch().gated if _is_of_few(rows.x, gate_up) else _launch().gelu_product
         return call(rows, gate_up, added)
 
 
 def merge(
-    x: Float[Tensor, "R F"],
+    x: Tensor,
     kernel: Float[Tensor, "F D"] | Quantized,
     residual: Float[Tensor, "R D"],
     gate: Float[Tensor, "D"] | None,
@@ -156,7 +198,8 @@ def merge(
     """residual + (x · kernel) * gate, rounded once, as the norm that follows takes it.
 
     Args:
-        x: its rows may lie apart, their elements not.
+        x: [R, F], whose rows may lie apart, their elements not; or packed, as what is scaled then
+            is, too.
         kernel: of x's dtype, or in float8.
         residual: like x.
         gate: of any dtype; None for 1.
@@ -165,16 +208,21 @@ def merge(
     Raises:
         ValueError: sizes, strides or dtypes do not fit.
     """
-    checks.check_product(x, kernel)
     checks.check_rows(residual)
+    if plain.is_packed(x):
+        checks.check_packed(x, len(residual), kernel.shape[0])
+    else:
+        checks.check_product(x, kernel)
     checks.check_columns("gate", gate, kernel.shape[1])
     checks.check_columns("scale", scale, kernel.shape[1])
-    if residual.shape != (x.shape[0], kernel.shape[1]):
-        expected = [x.shape[0], kernel.shape[1]]
+    expected = [len(residual if plain.is_packed(x) else x), kernel.shape[1]]
+    if list(residual.shape) != expected:
         raise ValueError(f"expected a residual of {expected}, got {list(residual.shape)}")
     if not available(x):
         return plain.merge(x, kernel, residual, gate, scale)
     with torch.cuda.device_of(x):
+        if plain.is_packed(x):
+            return _packed().merge(x, kernel, residual, gate, scale)
         if _is_of_few(x, kernel):
             return _launch().merge(x, kernel, residual, gate, scale)
         return _launch().add_scaled(residual, _launch().product(x, kernel), gate, scale)
@@ -185,13 +233,18 @@ def attend(
     key: Float[Tensor, "B T 1 H"],
     value: Float[Tensor, "B T 1 H"],
     key_mask: Bool[Tensor, "B T"] | None,
-) -> Float[Tensor, "B S K*H"]:
+    packed: bool = False,
+) -> Tensor:
     """Softmax attention of queries that are scaled already, all heads to the same keys.
 
     Args:
         query, key, value: views into larger buffers, if need be. Values of masked keys are to be
             finite: they are multiplied by 0.
         key_mask: False for keys that nobody attends to; where all are, values are averaged.
+        packed: how the result is written.
+
+    Returns:
+        [B * S, K * H], or packed.
 
     Raises:
         ValueError: sizes or strides do not fit.
@@ -205,9 +258,9 @@ def attend(
         raise ValueError(f"expected a mask of {[batch, keys]}, got {list(key_mask.shape)}")
     checks.check_dense(query, key, value)
     if not available(query):
-        return plain.attend(query, key, value, key_mask)
+        return plain.attend(query, key, value, key_mask, packed)
     with torch.cuda.device_of(query):
-        return _launch().attend(query, key, value, key_mask)
+        return _launch().attend(query, key, value, key_mask, packed)
 
 
 def embed_actions(
@@ -216,6 +269,7 @@ def embed_actions(
     bias: Float[Tensor, "E"],
     scale: Float[Tensor, "E"],
     dtype: torch.dtype,
+    packed: bool = False,
 ) -> Rows:
     """Tokens of noisy actions, as the first norm takes them; `wide` until they are written.
 
@@ -223,6 +277,7 @@ def embed_actions(
         noisy, kernel, bias: in `wide` precision.
         scale: as in `scale_rows`.
         dtype: of the tokens.
+        packed: how what is scaled is written.
 
     Raises:
         ValueError: sizes or strides do not fit.
@@ -232,9 +287,9 @@ def embed_actions(
     checks.check_columns("bias", bias, kernel.shape[1])
     checks.check_columns("scale", scale, kernel.shape[1])
     if not available(noisy) or not kernel.is_contiguous():
-        return plain.embed_actions(noisy, kernel, bias, scale, dtype)
+        return plain.embed_actions(noisy, kernel, bias, scale, dtype, packed)
     with torch.cuda.device_of(noisy):
-        return _launch().embed_actions(rows, kernel, bias, scale, dtype)
+        return _launch().embed_actions(rows, kernel, bias, scale, dtype, packed)
 
 
 def euler_step(
@@ -304,4 +359,8 @@ def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:
     """Whether one launch computes the product of x with a kernel."""
     if isinstance(kernel, Quantized):
         return False
-    return 0 < len(x) <= MAX_ROWS and kernel.stride(0) == 1 and kernel.stride(1) == len(kernel)
+    return 0 < len(x) <= MAX_ROWS and _is_outputs_first(kernel)
+
+
+def _is_outputs_first(kernel: Tensor) -> bool:
+    return kernel.stride(0) == 1 and kernel.stride(1) == len(kernel)

@@ -61,7 +61,7 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
     def merge(inputs: Tensor, kernel: Tensor) -> Rows:
         return kernels.merge(inputs, kernel, x, scale, scale)
 
-    with torch.cuda.device_of(x):
+    def tune_products() -> None:
         tune("merge", first.out, lambda: [merge(attended, each.out) for each in layers])
         tune("merge", first.down, lambda: [merge(activated, each.down) for each in layers])
         given = Rows(x, x, _squares(x, activated, shared))
@@ -77,6 +77,10 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
             first.gate_up,
             lambda: [kernels.gated(given, each.gate_up, added_up) for each in layers],
         )
+
+    with torch.cuda.device_of(x):
+        if not kernels.packs(rows, first, head_dim):
+            tune_products()
         if keys is None:
             return
         query = _varied(x, rows, heads * head_dim).view(1, rows, heads, head_dim)

@@ -2,7 +2,10 @@
 
 from torch import Tensor
 
+from pruner_kernels.few_rows import packed_shape
+from pruner_torch import kernels_plain as plain
 from pruner_torch.float8 import Quantized
+from pruner_torch.kernels_plain import Rows
 
 
 def check_rows(x: Tensor) -> None:
@@ -26,6 +29,20 @@ def check_columns(name: str, values: Tensor | None, width: int) -> None:
 def check_halves(name: str, x: Tensor | Quantized) -> None:
     if x.shape[1] % 2:
         raise ValueError(f"expected {name} of an even width, got {list(x.shape)}")
+
+
+def check_normed(rows: Rows, kernel: Tensor | Quantized) -> None:
+    """Rows before a product, which may be packed."""
+    check_product(rows.x if plain.is_packed(rows.scaled) else rows.scaled, kernel)
+    if plain.is_packed(rows.scaled):
+        check_packed(rows.scaled, *rows.x.shape)
+
+
+def check_packed(x: Tensor, rows: int, width: int) -> None:
+    expected = packed_shape(rows, width)
+    if x.shape != expected or not x.is_contiguous():
+        found = f"{list(x.shape)} with strides {list(x.stride())}"
+        raise ValueError(f"expected packed rows of {list(expected)}, adjacent, got {found}")
 
 
 def check_product(x: Tensor, kernel: Tensor | Quantized) -> None:

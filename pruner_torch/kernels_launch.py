@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pruner_kernels import attention, pointwise, rows
+from pruner_kernels.few_rows import packed_shape
 from pruner_kernels.tiles import (
     COUNTERS,
     HOPPER,
@@ -215,7 +216,8 @@ def attend(
     key: Float[Tensor, "B T 1 H"],
     value: Float[Tensor, "B T 1 H"],
     key_mask: Bool[Tensor, "B T"] | None,
-) -> Float[Tensor, "B S K*H"]:
+    packed: bool = False,
+) -> Tensor:
     """`kernels.attend`."""
     batch, length, heads, head_dim = query.shape
     keys, device = key.shape[1], query.device
@@ -224,7 +226,8 @@ def attend(
     parts = cdiv(keys, span)  # none is empty
     width = max(power_of_two(head_dim), 16)
     blocks = cdiv(length * heads, tiles.rows)
-    out = query.new_empty(batch, length, heads * head_dim)
+    shape = batch * length, heads * head_dim
+    out = query.new_empty(packed_shape(*shape) if packed else shape)
     shared = batch * blocks * parts * tiles.rows if parts > 1 else 1
     tops, sums, totals = (
         torch.empty(size, dtype=torch.float32, device=device)
@@ -236,7 +239,7 @@ def attend(
         *((0, 0) if key_mask is None else key_mask.stride()),
         HEADS=heads, HEAD_DIM=head_dim, HAS_MASK=key_mask is not None,
         ROWS=tiles.rows, KEYS=tiles.keys, WIDTH=width, PARTS=parts,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        PACKED=out.shape[2] if packed else 0, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 
@@ -247,16 +250,18 @@ def embed_actions(
     bias: Float[Tensor, "E"],
     scale: Float[Tensor, "E"],
     dtype: torch.dtype,
+    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
     actions, width = kernel.shape
     shape, noisy = (len(noisy), width), noisy.contiguous()
-    x, scaled = (torch.empty(shape, dtype=dtype, device=noisy.device) for _ in range(2))
+    x = torch.empty(shape, dtype=dtype, device=noisy.device)
+    scaled = x.new_empty(packed_shape(*shape) if packed else shape)
     squares = _squares(1, noisy)
     rows.embed_actions[(len(noisy),)](
         noisy, kernel, bias, scale, x, scaled, squares,
         WIDTH=width, ACTIONS=actions, ACTIONS_BLOCK=power_of_two(actions),
-        BLOCK=power_of_two(width), num_warps=8,
+        BLOCK=power_of_two(width), PACKED=scaled.shape[2] if packed else 0, num_warps=8,
     )  # fmt: skip
     return Rows(x, scaled, squares)
 

@@ -4,12 +4,14 @@ The same names and arguments; the letters and the checks are there.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pruner_kernels.few_rows import packed_shape
 from pruner_torch import layers
 from pruner_torch.float8 import Quantized, multiply, quantize_rows
 from pruner_torch.gemma import RMS_EPSILON
@@ -24,13 +26,39 @@ class Rows:
 
     Attributes:
         x: of R tokens.
-        scaled: x times the norm's scale.
+        scaled: x times the norm's scale, for some products packed, [D/32, 4, N, 8]: see `pack`.
         squares: the sum of each row's squares, in P parts; in `wide` precision.
     """
 
     x: Float[Tensor, "R D"]
-    scaled: Float[Tensor, "R D"]
+    scaled: Tensor
     squares: Float[Tensor, "P R"]
+
+
+def packs(rows: int, layer: Any, head_dim: int) -> bool:
+    """`kernels.packs`: a library takes rows as they are."""
+    return False
+
+
+def pack(x: Float[Tensor, "R D"]) -> Float[Tensor, "D/32 4 N 8"]:
+    """Rows as `pruner_kernels/few_rows.cu` reads them; the R up to a multiple of 8 are N."""
+    rows, width = x.shape
+    groups, _, count, _ = packed_shape(rows, width)
+    padded = F.pad(x, (0, 0, 0, count - rows)).view(count, groups, 4, 4, 2)
+    return padded.permute(1, 3, 0, 2, 4).reshape(groups, 4, count, 8)
+
+
+def unpack(x: Tensor, rows: int) -> Float[Tensor, "R D"]:
+    """The R rows, whether they are packed or not."""
+    if not is_packed(x):
+        return x
+    groups, _, count, _ = x.shape
+    apart = x.view(groups, 4, count, 4, 2).permute(2, 0, 3, 1, 4)
+    return apart.reshape(count, groups * 32)[:rows]
+
+
+def is_packed(x: Tensor) -> bool:
+    return x.ndim == 4
 
 
 def product(
@@ -71,23 +99,24 @@ def project(
 
 def gated(
     rows: Rows, gate_up: Float[Tensor, "D 2*F"] | Quantized, added: Float[Tensor, "2*F"] | None
-) -> Float[Tensor, "R F"]:
+) -> Tensor:
     """`kernels.gated`."""
     gate, up = _normed(rows, gate_up, added).chunk(2, dim=-1)
-    return (layers.gelu(gate) * up).to(rows.x.dtype)
+    out = (layers.gelu(gate) * up).to(rows.x.dtype)
+    return pack(out) if is_packed(rows.scaled) else out
 
 
 def merge(
-    x: Float[Tensor, "R F"],
+    x: Tensor,
     kernel: Float[Tensor, "F D"] | Quantized,
     residual: Float[Tensor, "R D"],
     gate: Float[Tensor, "D"] | None,
     scale: Float[Tensor, "D"],
 ) -> Rows:
     """`kernels.merge`."""
-    added = product(x, kernel).to(layers.wide(x.dtype))
+    added = product(unpack(x, len(residual)), kernel).to(layers.wide(x.dtype))
     added = added if gate is None else added * gate
-    return scale_rows((residual + added).to(residual.dtype), scale)
+    return _scaled_as(is_packed(x), scale_rows((residual + added).to(residual.dtype), scale))
 
 
 def attend(
@@ -95,12 +124,14 @@ def attend(
     key: Float[Tensor, "B T 1 H"],
     value: Float[Tensor, "B T 1 H"],
     key_mask: Bool[Tensor, "B T"] | None,
-) -> Float[Tensor, "B S K*H"]:
+    packed: bool = False,
+) -> Tensor:
     """`kernels.attend`."""
     mask = None
     if key_mask is not None:
         mask = key_mask[:, None].expand(-1, query.shape[1], -1)
-    return layers.attend(query, key, value, mask)
+    out = layers.attend(query, key, value, mask).flatten(0, 1)
+    return pack(out) if packed else out
 
 
 def embed_actions(
@@ -109,9 +140,11 @@ def embed_actions(
     bias: Float[Tensor, "E"],
     scale: Float[Tensor, "E"],
     dtype: torch.dtype,
+    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
-    return scale_rows(torch.addmm(bias, noisy.flatten(0, 1), kernel).to(dtype), scale)
+    rows = scale_rows(torch.addmm(bias, noisy.flatten(0, 1), kernel).to(dtype), scale)
+    return _scaled_as(packed, rows)
 
 
 def euler_step(
@@ -143,6 +176,10 @@ def add_layer_norm(
     return total, F.layer_norm(total, scale.shape, scale, shift, epsilon)
 
 
+def _scaled_as(packed: bool, rows: Rows) -> Rows:
+    return dataclasses.replace(rows, scaled=pack(rows.scaled)) if packed else rows
+
+
 def _factor(rows: Rows) -> Float[Tensor, "R 1"]:
     """1 / rms."""
     mean = rows.squares.sum(dim=0)[:, None] / rows.x.shape[1]
@@ -153,7 +190,8 @@ def _normed(
     rows: Rows, kernel: Float[Tensor, "D N"] | Quantized, added: Float[Tensor, "N"] | None
 ) -> Float[Tensor, "R N"]:
     """The norm's product with a kernel, in `wide` precision."""
-    normed = product(rows.scaled, kernel).to(rows.squares.dtype) * _factor(rows)
+    scaled = unpack(rows.scaled, len(rows.x))
+    normed = product(scaled, kernel).to(rows.squares.dtype) * _factor(rows)
     return normed if added is None else normed + added
 
 

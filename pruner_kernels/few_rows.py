@@ -1,0 +1,226 @@
+"""Products of few rows on Hopper: where `few_rows.cu` applies, its launches, its compilation.
+
+NVRTC compiles a launch for its sizes, in a third of a second. It comes with the CUDA wheels of
+PyTorch and JAX; `cuda-bindings`, through which it is reached, with PyTorch's.
+
+Dimension letters: R rows, D width, N outputs, F inputs of a merge.
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pruner_kernels.tiles import HOPPER, cdiv
+
+CAPABILITY = (9, 0)  # Hopper's, whose instructions later GPUs do not have
+MAX_ROWS = 64
+MAX_PARTS = 16  # of the sums of squares
+THREADS = 384  # of a block
+CHUNK = 128  # inputs that arrive together
+BLOCKS = 4  # of a cluster
+# Chunks of weights that are asked for ahead. Where a launch begins while the one before still runs,
+# all; else the last ones while the first are multiplied.
+AHEAD, AMONG = 8, 5
+PTX = "8.1"  # the first that has all that is used; a driver may be older than NVRTC
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel of `few_rows.cu`, for its sizes.
+
+    Attributes:
+        kernel: its name, and the arguments of its template.
+        arg_names: its parameters, all of them pointers.
+        rows: R.
+        blocks: that are launched.
+        shared: bytes of shared memory, of a block.
+    """
+
+    kernel: str
+    arg_names: tuple[str, ...]
+    rows: int
+    blocks: int
+    shared: int
+
+
+def applies(
+    rows: int, width: int, mlp: int, heads: int, groups: int, head_dim: int, bits: int = 16
+) -> bool:
+    """Whether all products of an expert's layer are computed here; its attention has one kv head.
+
+    Args:
+        rows: tokens of all samples.
+        width: of the residual stream.
+        mlp: F of the gated MLP.
+        heads: of queries.
+        groups: heads of keys.
+        head_dim: of all heads.
+        bits: of an element.
+    """
+    return (
+        (bits, groups) == (16, 1)
+        and 0 < rows <= MAX_ROWS
+        and width in range(CHUNK, 64 * MAX_PARTS + 1, CHUNK)
+        and mlp in range(BLOCKS * CHUNK, 4096 + 1, BLOCKS * CHUNK)
+        and heads * head_dim in range(BLOCKS * CHUNK, 4096 + 1, BLOCKS * CHUNK)
+        and head_dim % 64 == 0
+    )
+
+
+def packed_shape(rows: int, width: int) -> tuple[int, int, int, int]:
+    """Of packed rows, [D / 32, 4, R up to a multiple of 8, 8]; `few_rows.cu` says how they lie."""
+    return width // 32, 4, 8 * cdiv(rows, 8), 8
+
+
+def project(
+    rows: int, width: int, parts: int, heads: int, head_dim: int, length: int, room: int, place: int
+) -> Launch:
+    """`rows.project`, of packed rows.
+
+    Args:
+        rows: R.
+        width: D.
+        parts: of the sums of squares.
+        heads: of queries; there is one of keys, and one of values.
+        head_dim: of each.
+        length: tokens of a sample.
+        room: keys of a sample in memory.
+        place: of a sample's first token among them.
+    """
+    sizes = f"{width}, {parts}, {heads}, {head_dim}, {length}, {room}, {place}"
+    names = ("x", "squares", "kernel", "added", "step", "cos", "sin", "query", "key", "value")
+    turns = 2 * 8 * cdiv(rows, 8) * 36 * 4
+    shared = _normed(rows, width, parts) + 2 * 32 * 4 + turns + _exchange(rows)
+    return Launch(f"project<{sizes}>", names, rows, (heads + 2) * head_dim // 64, shared)
+
+
+def gated(rows: int, width: int, parts: int, places: int) -> Launch:
+    """`rows.gated`, of packed rows to packed rows; `places` are half of the kernel's outputs."""
+    names = ("x", "squares", "kernel", "added", "step", "out")
+    shared = _normed(rows, width, parts) + 2 * 32 * 4 + _exchange(rows)
+    return Launch(f"gated<{width}, {parts}, {places}>", names, rows, places // 32, shared)
+
+
+def merge(rows: int, inputs: int, width: int) -> Launch:
+    """`rows.merge`, of packed rows; what it scales is packed, and its squares in D / 64 parts."""
+    names = ("x", "kernel", "residual", "gate", "scale", "step", "out", "scaled", "squares")
+    tiles = cdiv(cdiv(rows, 8), BLOCKS)
+    shared = _aligned(_incoming(rows, inputs // BLOCKS)) + BLOCKS * 4 * tiles * 32 * 16
+    shared += _exchange(rows) + 64 * 4 + 4 * 8 * tiles * 4 + 64 * 2 + 8 * tiles * 72 * 2 + 8
+    blocks = BLOCKS * (width // 64)
+    return Launch(f"merge<{inputs}, {width}>", names, rows, blocks, _aligned(shared))
+
+
+def _normed(rows: int, width: int, parts: int) -> int:
+    norm = 4 * (4 * cdiv(parts * rows, 4) + 64)
+    return _aligned(_aligned(_incoming(rows, width)) + norm)
+
+
+def _incoming(rows: int, span: int) -> int:
+    return span * 8 * cdiv(rows, 8) * 2 + 8 * (span // CHUNK + 1)
+
+
+def _exchange(rows: int) -> int:
+    return 2 * 4 * cdiv(cdiv(rows, 8), 2) * 32 * 16
+
+
+def _aligned(size: int) -> int:
+    return 16 * cdiv(size, 16)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether NVRTC can be reached."""
+    try:
+        checked(_nvrtc().nvrtcVersion())
+    except (ImportError, RuntimeError):  # not installed; installed without the library
+        return False
+    return True
+
+
+@functools.cache
+def compiled(
+    launch: Launch, form: Literal["ptx", "cubin"], tabled: bool, depth: int
+) -> tuple[str, bytes]:
+    """The kernel's name, and its code: compiled once a process.
+
+    Args:
+        launch: with its sizes.
+        form: what is asked for.
+        tabled: whether vectors are tables, of whose rows `step` is a pointer to one's place.
+        depth: `AHEAD` or `AMONG`.
+
+    Raises:
+        RuntimeError: NVRTC does not compile it, with what it says.
+    """
+    nvrtc = _nvrtc()
+    assert launch.shared <= HOPPER, launch
+    text = _multiply(launch.rows) + Path(__file__).with_name("few_rows.cu").read_text()
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"few_rows.cu", 0, [], []))
+    try:
+        name = launch.kernel.encode()
+        checked(nvrtc.nvrtcAddNameExpression(program, name))
+        constants = {
+            "ROWS": launch.rows,
+            "DEPTH": depth,
+            "TABLED": int(tabled),
+            "SHARED": launch.shared,
+        }
+        options = [b"-arch=" + {"ptx": b"compute_90a", "cubin": b"sm_90a"}[form], b"-std=c++17"]
+        options += [f"-D{key}={value}".encode() for key, value in constants.items()]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{launch.kernel} does not compile: {log.decode(errors='replace')}")
+        entry = checked(nvrtc.nvrtcGetLoweredName(program, name)).decode()
+        size, get = {
+            "ptx": (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX),
+            "cubin": (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN),
+        }[form]
+        code = bytearray(checked(size(program)))
+        checked(get(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    if form == "ptx":
+        text = code.decode().rstrip("\0")
+        code = re.sub(r"^\.version \S+", f".version {PTX}", text, count=1, flags=re.M).encode()
+    return entry, bytes(code)
+
+
+def _multiply(rows: int) -> str:
+    """The instruction that multiplies 64 outputs with R rows, and adds; of as many registers."""
+    columns = 8 * cdiv(rows, 8)
+    count = columns // 2
+    totals = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    a, tile, add = ", ".join(f"%{count + i}" for i in range(4)), f"%{count + 4}", f"%{count + 5}"
+    return f"""
+__device__ __forceinline__ void multiply(float (&d)[{count}], unsigned a0, unsigned a1, unsigned a2,
+                                         unsigned a3, unsigned long long tile, int add) {{
+    asm volatile("{{ .reg .pred p; setp.ne.b32 p, {add}, 0;\\n"
+                 "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
+                 "{{{totals}}}, {{{a}}}, {tile}, p, 1, 1, 0; }}"
+                 : {operands} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(tile), "r"(add));
+}}
+#line 1 "few_rows.cu"
+"""
+
+
+def _nvrtc() -> Any:
+    return importlib.import_module("cuda.bindings.nvrtc")  # here, since few have it
+
+
+def checked(returned: tuple[Any, ...]) -> Any:
+    """What a function of `cuda.bindings` returns beside its error.
+
+    Raises:
+        RuntimeError: there is an error.
+    """
+    error, *values = returned
+    if int(error):
+        raise RuntimeError(f"{type(error).__name__}: {error.name}")
+    return values[0] if values else None

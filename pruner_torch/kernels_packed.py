@@ -1,0 +1,118 @@
+"""Launches of `pruner_kernels/few_rows.cu`, of packed rows on Hopper.
+
+Names and arguments are those of `kernels`, whose checks have passed. A launch begins while the one
+before it still runs, and waits for it once all its weights are on their way.
+"""
+
+import ctypes
+import functools
+import importlib
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pruner_kernels import few_rows
+from pruner_kernels.few_rows import Launch, checked, packed_shape
+from pruner_torch.kernels_plain import Rows
+
+driver: Any = importlib.import_module("cuda.bindings.driver")
+
+
+def project(
+    given: Rows,
+    kernel: Float[Tensor, "D N"],
+    added: Float[Tensor, "N"],
+    cos: Float[Tensor, "B S half"],
+    sin: Float[Tensor, "B S half"],
+    key: Float[Tensor, "B T 1 H"],
+    value: Float[Tensor, "B T 1 H"],
+    place: int,
+    num_heads: int,
+) -> Float[Tensor, "B S K H"]:
+    """`kernels.project`."""
+    (batch, length), (room, _, head_dim) = cos.shape[:2], key.shape[1:]
+    _check_vectors(added, cos, sin)
+    for name, cache in (("key", key), ("value", value)):
+        if cache.stride()[1:] != (head_dim, head_dim, 1) or cache.stride(0) != room * head_dim:
+            raise ValueError(f"expected {name}s without gaps, got strides {list(cache.stride())}")
+    # Of one sample they begin at its first token, so that all prefixes have one launch.
+    if batch == 1:
+        key, value, room, place = key[:, place:], value[:, place:], length, 0
+    query = key.new_empty(batch, length, num_heads, head_dim)
+    rows, width = given.x.shape
+    launch = few_rows.project(
+        rows, width, len(given.squares), num_heads, head_dim, length, room, place
+    )
+    turns = cos.contiguous(), sin.contiguous()
+    given_rows = given.scaled, given.squares
+    _run(launch, *given_rows, kernel, added, None, *turns, query, key, value, None, None)
+    return query
+
+
+def gated(
+    given: Rows, gate_up: Float[Tensor, "D 2*F"], added: Float[Tensor, "2*F"]
+) -> Float[Tensor, "F/32 4 N 8"]:
+    """`kernels.gated`."""
+    _check_vectors(added)
+    (rows, width), places = given.x.shape, gate_up.shape[1] // 2
+    out = given.x.new_empty(packed_shape(rows, places))
+    launch = few_rows.gated(rows, width, len(given.squares), places)
+    _run(launch, given.scaled, given.squares, gate_up, added, None, out)
+    return out
+
+
+def merge(
+    x: Float[Tensor, "F/32 4 N 8"],
+    kernel: Float[Tensor, "F D"],
+    residual: Float[Tensor, "R D"],
+    gate: Float[Tensor, "D"],
+    scale: Float[Tensor, "D"],
+) -> Rows:
+    """`kernels.merge`."""
+    _check_vectors(scale)
+    _check_vectors(gate, dtype=x.dtype)
+    (rows, width), inputs = residual.shape, len(kernel)
+    out, scaled = x.new_empty(rows, width), x.new_empty(packed_shape(rows, width))
+    squares = torch.empty(width // 64, rows, dtype=torch.float32, device=x.device)
+    launch = few_rows.merge(rows, inputs, width)
+    _run(launch, x, kernel, residual.contiguous(), gate, scale, None, out, scaled, squares)
+    return Rows(out, scaled, squares)
+
+
+def _check_vectors(*vectors: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+    for vector in vectors:
+        if vector is None or vector.dtype != dtype:
+            found = "none" if vector is None else f"one in {vector.dtype}"
+            raise ValueError(f"expected a vector in {dtype} beside packed rows, got {found}")
+
+
+def _run(launch: Launch, *arguments: Tensor | None) -> None:
+    """Launches on the current stream; None is a null pointer."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = few_rows.THREADS, 1, 1
+    config.sharedMemBytes = launch.shared
+    config.hStream = torch.cuda.current_stream().cuda_stream
+    overlapping = driver.CUlaunchAttribute()
+    overlapping.id = (
+        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    )
+    overlapping.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [overlapping], 1
+    pointers = tuple(0 if each is None else each.data_ptr() for each in arguments)
+    types = (ctypes.c_void_p,) * len(pointers)
+    function = _function(launch, torch.cuda.current_device())
+    checked(driver.cuLaunchKernelEx(config, function, (pointers, types), 0))
+
+
+@functools.cache
+def _function(launch: Launch, device: int) -> Any:
+    """Loaded once a process, on the current device, which is this one; so not during a capture."""
+    name, code = few_rows.compiled(launch, "cubin", tabled=False, depth=few_rows.AHEAD)
+    module = checked(driver.cuModuleLoadData(code))
+    function = checked(driver.cuModuleGetFunction(module, name.encode()))
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    checked(driver.cuFuncSetAttribute(function, limit, launch.shared))
+    return function
