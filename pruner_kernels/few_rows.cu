@@ -95,12 +95,15 @@ __device__ __forceinline__ bf16 rounded(float x) { return (bf16)pack(x, 0); }
 __device__ __forceinline__ int packed(int row, int k) {
     return ((k / 32 * 4 + k % 8 / 2) * N + row) * 8 + k % 32 / 8 * 2 + k % 2;
 }
-template <class T> __device__ __forceinline__ const T *found(const T *vector, const int *step, int size) {
-    return TABLED ? vector + (size_t)*step * size : vector;
+// The row of a table; to be read before all else, or it comes after the weights.
+__device__ __forceinline__ int read(const int *step) {
+    int now = 0;
+    if (TABLED) asm volatile("ld.global.s32 %0, [%1];" : "=r"(now) : "l"(step) : "memory");
+    return now;
 }
 
 // Two warpgroups compute. The one after them brings everything but the weights, and leaves them
-// its registers.
+// its registers: its first warp what the launch before has written, the others what was there.
 struct Thread {
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
@@ -122,19 +125,20 @@ template <int SPAN> struct Incoming {
     bf16 rows[SPAN * N];
     u64 arrived[CHUNKS], others;
 
-    // By the warp that brings; whoever computes waits for it once.
-    __device__ __forceinline__ void start_barriers(u32 bringing) {
-        if (threadIdx.x % 32 == 0) {
+    // By the warpgroup that brings, each thread of which then arrives at `others` once.
+    __device__ __forceinline__ void start_barriers() {
+        if (threadIdx.x == COMPUTING) {
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) start(arrived[c], 1);
-            start(others, bringing);
+            start(others, 128);
             started();
         }
-        __syncwarp();
-        asm volatile("bar.arrive 1, %0;" ::"n"(COMPUTING + 32) : "memory");
+        asm volatile("bar.sync 3, 128;" ::: "memory");
+        asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
     }
+    // By those that compute.
     __device__ __forceinline__ void wait_for_barriers() {
-        asm volatile("bar.sync 1, %0;" ::"n"(COMPUTING + 32) : "memory");
+        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
     }
     // `from` is packed, and of the span's first input.
     __device__ __forceinline__ void bring_rows(const bf16 *from) {
@@ -264,19 +268,20 @@ KERNEL gated(const bf16 *x, const float *squares, const bf16 *kernel, const floa
     using Here = Gated<WIDTH, PARTS>;
     static_assert(sizeof(Here) == SHARED, "");
     Here &here = *(Here *)shared;
+    int now = read(step);
     Thread at;
     if (at.brings()) {
-        if (at.warp) return;
-        here.incoming.start_barriers(32);
+        here.incoming.start_barriers();
         int bytes = 0;
-        if (at.lane < 2) {
-            const float *from = found(added, step, 2 * PLACES) + PLACES * at.lane + 32 * blockIdx.x;
+        if (at.warp == 0) {
+            let_next_launch();
+            after_last_launch();
+            here.incoming.bring_rows(x);
+            bytes = here.norm.bring(squares, here.incoming.others);
+        } else if (at.warp == 1 && at.lane < 2) {
+            const float *from = added + 2 * PLACES * now + PLACES * at.lane + 32 * blockIdx.x;
             copy(here.added[at.lane], from, bytes = 128, here.incoming.others);
         }
-        let_next_launch();
-        after_last_launch();
-        here.incoming.bring_rows(x);
-        bytes += here.norm.bring(squares, here.incoming.others);
         expect(here.incoming.others, bytes);
         return;
     }
@@ -324,31 +329,30 @@ KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const fl
     static_assert(sizeof(Here) == SHARED, "");
     constexpr int HALF = HEAD_DIM / 2;
     Here &here = *(Here *)shared;
+    int now = read(step);
     Thread at;
     int head = blockIdx.x / (HALF / 32), begin = blockIdx.x % (HALF / 32) * 32;
     bool turned = head <= HEADS;
     if (at.brings()) {
-        if (at.warp == 0) here.incoming.start_barriers(128);
-        asm volatile("bar.sync 3, 128;" ::: "memory");
-        if (at.warp) {
+        here.incoming.start_barriers();
+        int bytes = 0;
+        if (at.warp == 0) {
+            let_next_launch();
+            after_last_launch();
+            here.incoming.bring_rows(x);
+            bytes = here.norm.bring(squares, here.incoming.others);
+        } else {
             if (turned)
                 for (int i = threadIdx.x - COMPUTING - 32; i < ROWS * 16; i += 96) {
                     int row = i / 16, table = i / 8 % 2, column = i % 8 * 4;
                     const float *from = (table ? sin : cos) + row * HALF + begin + column;
                     *(float4 *)&here.turns[table][row][column] = __ldg((const float4 *)from);
                 }
-            expect(here.incoming.others, 0);
-            return;
+            if (at.warp == 1 && at.lane < 2) {
+                const float *from = added + (HEADS + 2) * HEAD_DIM * now + head * HEAD_DIM + HALF * at.lane + begin;
+                copy(here.added[at.lane], from, bytes = 128, here.incoming.others);
+            }
         }
-        int bytes = 0;
-        if (at.lane < 2) {
-            const float *from = found(added, step, (HEADS + 2) * HEAD_DIM) + head * HEAD_DIM;
-            copy(here.added[at.lane], from + HALF * at.lane + begin, bytes = 128, here.incoming.others);
-        }
-        let_next_launch();
-        after_last_launch();
-        here.incoming.bring_rows(x);
-        bytes += here.norm.bring(squares, here.incoming.others);
         expect(here.incoming.others, bytes);
         return;
     }
@@ -405,10 +409,11 @@ KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16
     static_assert(sizeof(Here) == SHARED, "");
     constexpr int SPAN = INPUTS / BLOCKS;
     Here &here = *(Here *)shared;
+    int now = read(step);
     Thread at;
     int cluster = blockIdx.x / BLOCKS, block = blockIdx.x % BLOCKS;
     if (at.brings()) {
-        if (at.warp == 0 && at.lane == 0) {
+        if (threadIdx.x == COMPUTING) {
             int tiles = max(min(BLOCK_TILES, TILES - block * BLOCK_TILES), 0);
             start(here.all_parts, 1);
             started();
@@ -416,20 +421,22 @@ KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16
         }
         __syncwarp();
         arrive_in_cluster();
+        here.incoming.start_barriers();
+        int bytes = 0, row = 8 * block * BLOCK_TILES + at.lane;
+        u64 &others = here.incoming.others;
         if (at.warp == 0) {
-            here.incoming.start_barriers(32);
-            int bytes = 0, row = 8 * block * BLOCK_TILES + at.lane;
-            u64 &others = here.incoming.others;
-            if (at.lane == 30) copy(here.scale, found(scale, step, WIDTH) + 64 * cluster, bytes = 256, others);
-            if (at.lane == 31) copy(here.gate, found(gate, step, WIDTH) + 64 * cluster, bytes = 128, others);
             let_next_launch();
             after_last_launch();
             here.incoming.bring_rows(x + block * SPAN * N);
             if (at.lane < 8 * BLOCK_TILES && row < ROWS)
                 copy(here.residual[at.lane], residual + row * WIDTH + 64 * cluster, bytes = 128, others);
-            expect(others, bytes);
-            __syncwarp();
+        } else if (at.warp == 1 && at.lane == 0) {
+            copy(here.scale, scale + WIDTH * now + 64 * cluster, bytes = 256, others);
+        } else if (at.warp == 2 && at.lane == 0) {
+            copy(here.gate, gate + WIDTH * now + 64 * cluster, bytes = 128, others);
         }
+        expect(others, bytes);
+        __syncwarp();
         wait_for_all_of_cluster();
         return;
     }
