@@ -4,7 +4,6 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from pruner_jax.gemma import RMS_EPSILON
 from pruner_jax.tables import TableRow, value_of
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
-
-Product = Callable[[Float[Array, "R D"], Float[Array, "D N"] | Quantized], Float[Array, "R N"]]
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +50,47 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> R
     return Rows(x, (wide * value_of(scale)).astype(x.dtype), jnp.square(wide).sum(axis=-1)[None])
 
 
+def rotate(
+    qkv: Float[Array, "R N"],
+    rows: Rows,
+    added: Float[Array, "N"] | TableRow | None,
+    cos: Float[Array, "B S half"],
+    sin: Float[Array, "B S half"],
+    key: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    value: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    place: int,
+    num_heads: int,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    """`kernels.rotate`."""
+    batch, length = cos.shape[:2]
+    groups, head_dim = key.shape[2:]
+    heads = _normed(qkv, rows, added).reshape(batch, length, -1, head_dim)
+    query, new_key, new_value = jnp.split(heads, [num_heads, num_heads + groups], axis=2)
+    key = _written(key, _turned(new_key, cos, sin), place)
+    value = _written(value, new_value, place)
+    return _turned(query, cos, sin).astype(key.dtype), key, value
+
+
+def gelu_product(
+    gate_up: Float[Array, "R 2*F"], rows: Rows, added: Float[Array, "2*F"] | TableRow | None
+) -> Float[Array, "R F"]:
+    """`kernels.gelu_product`."""
+    gate, up = jnp.split(_normed(gate_up, rows, added), 2, axis=-1)
+    return (layers.gelu(gate) * up).astype(rows.x.dtype)
+
+
+def add_scaled(
+    x: Float[Array, "R D"],
+    added: Float[Array, "R D"],
+    gate: Float[Array, "D"] | TableRow | None,
+    scale: Float[Array, "D"] | TableRow,
+) -> Rows:
+    """`kernels.add_scaled`."""
+    added = added.astype(layers.wide(x.dtype))
+    added = added if gate is None else added * value_of(gate)
+    return scale_rows((x + added).astype(x.dtype), scale)
+
+
 def project(
     rows: Rows,
     kernel: Float[Array, "D N"],
@@ -65,38 +103,26 @@ def project(
     num_heads: int,
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
     """`kernels.project`."""
-    batch, length = cos.shape[:2]
-    groups, head_dim = key.shape[2:]
-    heads = _normed(rows, kernel, added).reshape(batch, length, -1, head_dim)
-    query, new_key, new_value = jnp.split(heads, [num_heads, num_heads + groups], axis=2)
-    key = _written(key, _turned(new_key, cos, sin), place)
-    value = _written(value, new_value, place)
-    return _turned(query, cos, sin).astype(key.dtype), key, value
+    qkv = product(rows.scaled, kernel)
+    return rotate(qkv, rows, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
-    rows: Rows,
-    gate_up: Float[Array, "D 2*F"] | Quantized,
-    added: Float[Array, "2*F"] | TableRow | None,
-    product: Product = product,
+    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
 ) -> Float[Array, "R F"]:
-    """`kernels.gated`, by this product."""
-    gate, up = jnp.split(_normed(rows, gate_up, added, product), 2, axis=-1)
-    return (layers.gelu(gate) * up).astype(rows.x.dtype)
+    """`kernels.gated`."""
+    return gelu_product(product(rows.scaled, gate_up), rows, added)
 
 
 def merge(
     x: Float[Array, "R F"],
-    kernel: Float[Array, "F D"] | Quantized,
+    kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
     scale: Float[Array, "D"] | TableRow,
-    product: Product = product,
 ) -> Rows:
-    """`kernels.merge`, by this product."""
-    added = product(x, kernel).astype(layers.wide(x.dtype))
-    added = added if gate is None else added * value_of(gate)
-    return scale_rows((residual + added).astype(residual.dtype), scale)
+    """`kernels.merge`."""
+    return add_scaled(residual, product(x, kernel), gate, scale)
 
 
 def attend(
@@ -193,13 +219,10 @@ def _factor(rows: Rows) -> Float[Array, "R 1"]:
 
 
 def _normed(
-    rows: Rows,
-    kernel: Float[Array, "D N"] | Quantized,
-    added: Float[Array, "N"] | TableRow | None,
-    product: Product = product,
+    x: Float[Array, "R N"], rows: Rows, added: Float[Array, "N"] | TableRow | None
 ) -> Float[Array, "R N"]:
-    """The norm's product with a kernel, in `wide` precision."""
-    normed = product(rows.scaled, kernel).astype(rows.squares.dtype) * _factor(rows)
+    """The norm's product with a kernel, of `rows.scaled`'s; in `wide` precision."""
+    normed = x.astype(rows.squares.dtype) * _factor(rows)
     return normed if added is None else normed + value_of(added)
 
 
@@ -213,6 +236,8 @@ def _turned(
 
 
 def _written(
-    room: Float[Array, "B T G H"], new: Float[Array, "B S G H"], place: int
+    room: Float[Array, "B T G H"] | jax.ShapeDtypeStruct, new: Float[Array, "B S G H"], place: int
 ) -> Float[Array, "B T G H"]:
+    if isinstance(room, jax.ShapeDtypeStruct):
+        room = jnp.zeros(room.shape, room.dtype)
     return jax.lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), place, axis=1)
