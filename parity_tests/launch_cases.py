@@ -8,7 +8,7 @@ then a callback, in compiled functions too.
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -26,6 +26,7 @@ from pruner_jax import (
     kernels_float8,
     kernels_launch,
     kernels_plain,
+    kernels_pointwise,
     kernels_vision,
     triton_call,
 )
@@ -118,12 +119,19 @@ def double(tree: Any) -> Any:
     )
 
 
-def apart(function: str, arrays: tuple[Any, ...], *rest: Any) -> float:
-    """The largest error of a function's results; the first kernel in `arrays` is transposed."""
+def apart(function: str | Callable[..., Any], arrays: tuple[Any, ...], *rest: Any) -> float:
+    """The largest error of a function's results; the first kernel in `arrays` is transposed.
+
+    A function that has no name in `kernels` is told which way to take.
+    """
 
     def call(way: Any) -> Any:
+        named = (
+            function if callable(function) else lambda way, *given: getattr(way, function)(*given)
+        )
+
         def compute(*arrays: Any) -> Any:
-            result = getattr(way, function)(*arrays, *rest)
+            result = named(way, *arrays, *rest)
             if isinstance(result, Rows):  # whose parts are each way's own
                 return [result.x, result.scaled, result.squares.sum(axis=0)]
             return jax.tree.leaves(result)
@@ -134,16 +142,22 @@ def apart(function: str, arrays: tuple[Any, ...], *rest: Any) -> float:
         expected = call(kernels_plain)(*double(arrays))
     found = call(kernels)(*arrays)
     pairs = zip(found, expected, strict=True)
-    return max(error(np.asarray(x).astype(np.float64), np.asarray(y)) for x, y in pairs)
+    errors = [error(np.asarray(x).astype(np.float64), np.asarray(y)) for x, y in pairs]
+    return float(np.max(errors))  # NaN, if any is
 
 
 def products() -> Iterator[Row]:
-    """One sample and several, with tables and without, parts that are shared and that are not."""
+    """One sample and several, with tables and without, parts that are shared and that are not.
+
+    More than 128 rows are a library's products, and launches after them.
+    """
     for dtype in DTYPES:
         for batch, length, width, tabled in (
             (1, 5, 64, True),
             (3, 7, 72, False),
             (1, 50, 512, True),
+            (3, 45, 64, True),
+            (2, 65, 72, False),
         ):
             draw, count = Draw(dtype), batch * length
             heads, groups, head_dim, room, place = 3, 2, 32, length + 4, 3
@@ -172,6 +186,58 @@ def products() -> Iterator[Row]:
                     "merge", (draw(count, width), stored.T, draw(count, 80), gate, scale)
                 ),
             }
+
+
+def pointwise() -> Iterator[Row]:
+    """What stands around a library's products, as the prefix has it and as the suffix."""
+    for dtype in DTYPES:
+        for batch, length, width, heads, tabled in ((2, 5, 72, 3, True), (1, 3, 256, 8, False)):
+            draw, count = Draw(dtype), batch * length
+            groups, head_dim, inner = 2, 24, 1100
+            size = f"{batch} x {length} x {width}, tabled {tabled}"
+            rows = draw.rows(count, width, tabled)
+            angles = [draw(batch, length, head_dim // 2, wide=True) for _ in range(2)]
+            for behind, queries in itertools.product((0, 4), (heads, 0)):
+                outputs = (queries + 2 * groups) * head_dim
+                # Of few rows a product is wide.
+                qkv, added = draw(count, outputs, wide=behind == 0), draw.vector(outputs, tabled)
+                room, where = length + behind, f"{queries} queries, {behind} behind"
+                cache = [draw(batch, room, groups, head_dim) for _ in range(2)]
+                found = {
+                    "": apart(
+                        "rotate", (qkv, rows, added, *angles, *cache), min(behind, 3), queries
+                    ),
+                    ", new": apart(_new_keys, (qkv, rows, *angles), room, groups, queries),
+                }
+                for how, wrong in found.items():
+                    yield {"case": f"rotate{how}, {where}, {size}", "dtype": dtype, "error": wrong}
+            x, y = draw(count, width), draw(count, width, wide=tabled)
+            scale, gate = draw.vector(width, tabled), draw.vector(width, tabled, wide=False)
+            added = draw.vector(2 * inner, tabled)
+            others = {
+                "scale_rows": (x, scale),
+                "add_scaled": (x, y, None, scale),
+                "add_scaled, gate": (x, y, gate, scale),
+                "gelu_product": (draw(count, 2 * inner), rows, None),
+                "gelu_product, added": (draw(count, 2 * inner, wide=tabled), rows, added),
+            }
+            for name, given in others.items():
+                yield {
+                    "case": f"{name}, {size}",
+                    "dtype": dtype,
+                    "error": apart(name.partition(",")[0], given),
+                }
+
+
+def _new_keys(
+    way: Any, qkv: Any, rows: Rows, cos: Any, sin: Any, room: int, groups: int, heads: int
+) -> Any:
+    """`rotate` into keys and values that are not there yet; what is behind them nobody wrote."""
+    (batch, length, half), dtype = cos.shape, rows.x.dtype
+    empty = jax.ShapeDtypeStruct((batch, room, groups, 2 * half), dtype)
+    query, key, value = way.rotate(qkv, rows, None, cos, sin, empty, empty, 0, heads)
+    assert key.shape == value.shape == empty.shape
+    return query, key[:, :length], value[:, :length]
 
 
 def attention() -> Iterator[Row]:
@@ -347,14 +413,14 @@ def _apart(found: Any, expected: Any) -> float:
 
 FAMILIES = {
     family.__name__: family
-    for family in (products, attention, ends, vision, float8_rows, calls, tuned)
+    for family in (products, pointwise, attention, ends, vision, float8_rows, calls, tuned)
 }
 
 
 def main() -> None:
     if not FULL:
         assert os.environ.get("TRITON_INTERPRET") == "1"
-        for module in (kernels_float8, kernels_launch, kernels_vision):
+        for module in (kernels_float8, kernels_launch, kernels_pointwise, kernels_vision):
             module.triton_call = interpreted
         triton_call.available = lambda: True
     with np.errstate(all="ignore"):

@@ -172,6 +172,7 @@ def _vector(backend: str, table: Any) -> Any:
     return TableRow(table, jnp.int32(STEP))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="XLA's fusions round as they please on a GPU")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", list(packed_cases.cases())[:4], ids=lambda case: case.name)
 def test_without_such_a_gpu_packed_rows_give_the_same(backend, case):
@@ -182,7 +183,7 @@ def test_without_such_a_gpu_packed_rows_give_the_same(backend, case):
 
 @needs_hopper
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", packed_cases.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(packed_cases.cases()), ids=lambda case: case.name)
 def test_a_product_of_packed_rows(backend, case):
     """Twice with the same bits."""
     first, again = (result(backend, case, True, False, False) for _ in range(2))

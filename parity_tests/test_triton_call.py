@@ -3,6 +3,7 @@
 `launch_cases` has the cases of `pruner_kernels`'s kernels.
 """
 
+import collections
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ from flax import nnx
 from parity_tests.cases import tiny_config
 from parity_tests.harness import BACKENDS, DEVICE
 from parity_tests.tolerances import tolerance
-from pruner_jax import deployed, forward, forward_vision, kernels, triton_call
+from pruner_jax import deployed, forward, forward_vision, kernels, kernels_plain, triton_call
 from pruner_jax.pi0 import Encoded, Pi0
 from pruner_spec.config import GemmaVariant
 
@@ -92,6 +93,13 @@ def lower(monkeypatch):
 
 def number(call: str, name: str) -> int:
     return int(re.search(rf"\b{name} = (\d+) : i32", call)[1])
+
+
+def names(text: str) -> dict[str, int]:
+    """How often a program calls each kernel."""
+    lines = [line for line in text.splitlines() if triton_call.TARGET in line]
+    found = [re.search(r'kernel_type = "ptx", name = "(\w+)"', line) for line in lines]
+    return dict(collections.Counter(each[1] for each in found))
 
 
 def output_indices(call: str) -> list[int]:
@@ -263,7 +271,8 @@ def launched() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.slow
 @pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
 @pytest.mark.parametrize(
-    ("family", "count"), [("products", 18), ("attention", 12), ("ends", 8), ("vision", 36)]
+    ("family", "count"),
+    [("products", 30), ("pointwise", 52), ("attention", 12), ("ends", 8), ("vision", 36)],
 )
 def test_launches_compute_what_the_plain_functions_do(family, count):
     level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"
@@ -310,7 +319,8 @@ def test_a_whole_call_over_launches():
 def test_a_layer_is_five_launches(monkeypatch, pi05, float8):
     """Two ends of a step; π0's state token attends to fewer keys, and comes in by JAX's products.
 
-    Of the language model's layers all but the last attend, and in float8 round rows twice.
+    Of the language model's layers all but the last attend, and in float8 round rows twice; what
+    stands around their products is four launches, of the last one's a single one.
     """
     monkeypatch.setattr(triton_call, "capability", lambda: 90)
     monkeypatch.setattr(triton_call, "available", lambda: True)
@@ -337,8 +347,51 @@ def test_a_layer_is_five_launches(monkeypatch, pi05, float8):
     act = functools.partial(forward.act, model, operations=kernels)
     traced = jax.jit(act, static_argnums=6).trace(*jax.eval_shape(inputs, state), None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    expected = 5 * depth + 2 if pi05 else 4 * depth + 1
-    assert text.count(f"@{triton_call.TARGET}(") == expected + (3 if float8 else 1) * (depth - 1)
+    expected = {"project": depth, "gated": depth, "merge": 2 * depth, "euler_step": 1}
+    expected |= {"rotate": depth, "gelu_product": depth - 1}
+    if pi05:
+        expected |= {"embed_actions": 1, "attend": 2 * depth - 1, "add_scaled": 2 * depth - 1}
+    else:
+        expected |= {"attend": depth - 1, "add_scaled": 2 * depth}
+    if float8:
+        expected["quantize_rows"] = 2 * (depth - 1)
+    assert names(text) == expected
+
+
+@pytest.mark.parametrize("rows", [kernels.MAX_ROWS, kernels.MAX_ROWS + 1])
+def test_many_rows_are_a_librarys_and_a_launch(lower, monkeypatch, rows):
+    monkeypatch.setattr(triton_call, "available", lambda: True)
+    x, stored, vector = drawn(rows, 64), drawn(128, 64), drawn(64)
+    angles, room = drawn(1, rows, 16), drawn(1, rows + 3, 1, 32)
+    few = rows <= kernels.MAX_ROWS
+
+    def function(x: Any, stored: Any, vector: Any, angles: Any, room: Any) -> Any:
+        given = kernels.scale_rows(x, vector)
+        turned = kernels.project(given, stored.T, None, angles, angles, room, room, 3, 2)
+        gated = kernels.gated(given, stored.T, None)
+        return turned, kernels.merge(gated, stored[:64].T, x, vector, vector)
+
+    found = names("\n".join(lower(function, x, stored, vector, angles, room)))
+    if few:
+        assert found == {"add_scaled": 1, "project": 1, "gated": 1, "merge": 1}
+    else:
+        assert found == {"add_scaled": 2, "rotate": 1, "gelu_product": 1}
+
+
+def test_keys_that_nobody_has_written_are_not_copied(lower, monkeypatch):
+    """Where there are none yet, `rotate` starts from none; else it writes over those there are."""
+    monkeypatch.setattr(triton_call, "available", lambda: True)
+    x, qkv, room = drawn(6, 64), drawn(6, 128), drawn(2, 5, 1, 32)
+    angles, empty = drawn(2, 3, 16), jax.ShapeDtypeStruct(room.shape, room.dtype)
+
+    def rotated(given: Any, x: Any, qkv: Any, angles: Any) -> Any:
+        rows = kernels_plain.scale_rows(x, jnp.ones(64))
+        return kernels.rotate(qkv, rows, None, angles, angles, given, given, 2, 2)
+
+    (new,) = lower(functools.partial(rotated, empty), x, qkv, angles)
+    (over,) = lower(rotated, room, x, qkv, angles)
+    assert "output_tuple_indices" not in new
+    assert over.count("output_tuple_indices") == 2
 
 
 def test_a_vision_block_is_four_launches(monkeypatch):

@@ -19,7 +19,9 @@ JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py"} | {
     f"kernels_{part}.py" for part in ("checks", "pruner")
 }
-FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py", "kernels_tables.py"}
+FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py"} | {
+    f"kernels_{part}.py" for part in ("pointwise", "tables")
+}
 # Of one outline as far as they go, but for what they are told of a schedule's step and of strides.
 FILES_OF_EACH = {"kernels.py"} | {f"kernels_{part}.py" for part in ("launch", "plain", "vision")}
 # A framework's own; one twin may have them where the other has not.

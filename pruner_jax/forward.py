@@ -129,17 +129,18 @@ def prefill(
     batch, length = prefix.valid.shape
     angles = rotary(prefix.positions, head_dim, model.dtype)
     room = (batch, length + config.suffix_length, config.paligemma.num_kv_heads, head_dim)
-    empty = jnp.zeros(room, model.dtype)
+    # Behind the prefix's the suffix writes all keys, before anyone reads them.
+    empty = jax.ShapeDtypeStruct(room, model.dtype)
     norms = [_own_norms(layer) for layer in weights.language]
     first, *following = (each.attention_scale for each in norms)
-    rows = kernels_plain.scale_rows(prefix.tokens.reshape(batch * length, -1), first)
+    rows = operations.scale_rows(prefix.tokens.reshape(batch * length, -1), first)
     written = []
     for layer, here, scale in zip(weights.language, norms, following, strict=False):
         rows, *both = _prefix_layer(
             layer, here, scale, rows, angles, prefix.valid, empty, operations
         )
         written.append(both)
-    written.append(_project_keys(weights.language[-1], rows, angles, empty))
+    written.append(_project_keys(weights.language[-1], rows, angles, empty, operations))
     key, value = zip(*written, strict=True)
     place = jnp.arange(config.suffix_length)
     suffix = rotary(prefix.length[:, None] + place, head_dim, model.dtype)
@@ -265,23 +266,23 @@ def _prefix_layer(
     rows: Rows,
     angles: Rotary,
     valid: Bool[Array, "B S"],
-    empty: Float[Array, "B T G head_dim"],
+    empty: jax.ShapeDtypeStruct,
     operations: ModuleType,
 ) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
-    """A layer of the language model; its keys and values are written into `empty`.
+    """A layer of the language model; its keys and values are the first of two like `empty`.
 
-    A library multiplies many rows best, which `operations` may round before. Nobody reads what
-    padding attends to, so that a mask of keys is enough.
+    A library multiplies many rows best. Nobody reads what padding attends to, so that a mask of
+    keys is enough.
     """
-    head_dim = 2 * angles.cos.shape[-1]
-    query, key, value = kernels_plain.project(
-        rows, layer.qkv, None, *_tables(angles), empty, empty, 0, len(layer.out) // head_dim
-    )
+    heads = len(layer.out) // empty.shape[-1]
+    qkv = operations.product(rows.scaled, layer.qkv)
+    query, key, value = operations.rotate(qkv, rows, None, *_tables(angles), empty, empty, 0, heads)
     attended = _attend(query, key, value, valid[:, None], False, operations)
-    rows = kernels_plain.merge(attended, layer.out, rows.x, None, norms.mlp_scale)
-    gated = kernels_plain.gated(rows, layer.gate_up, None, operations.product)
-    rows = kernels_plain.merge(gated, layer.down, rows.x, None, following, operations.product)
-    return rows, key, value
+    out = operations.product(attended, layer.out)
+    rows = operations.add_scaled(rows.x, out, None, norms.mlp_scale)
+    gated = operations.gelu_product(operations.product(rows.scaled, layer.gate_up), rows, None)
+    down = operations.product(gated, layer.down)
+    return operations.add_scaled(rows.x, down, None, following), key, value
 
 
 def _suffix_layer(
@@ -310,12 +311,16 @@ def _suffix_layer(
 
 
 def _project_keys(
-    layer: ExpertLayer, rows: Rows, angles: Rotary, empty: Float[Array, "B T G head_dim"]
+    layer: ExpertLayer,
+    rows: Rows,
+    angles: Rotary,
+    empty: jax.ShapeDtypeStruct,
+    operations: ModuleType,
 ) -> tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """Of the last layer of the prefix nobody reads more than keys and values."""
     outputs = 2 * empty.shape[2] * empty.shape[3]
-    kernel = layer.qkv[:, -outputs:]
-    return kernels_plain.project(rows, kernel, None, *_tables(angles), empty, empty, 0, 0)[1:]
+    qkv = operations.product(rows.scaled, layer.qkv[:, -outputs:])
+    return operations.rotate(qkv, rows, None, *_tables(angles), empty, empty, 0, 0)[1:]
 
 
 def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:

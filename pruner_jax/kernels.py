@@ -2,16 +2,16 @@
 
 A denoising step multiplies 50 rows with 0.6 GB of weights and does little else: it is bound by
 memory and by launches, so each function here is one launch that reads each weight once. Of many
-rows a library's product is as fast, and XLA writes what stands around it; but for a vision block,
-of whose packed projection it would launch a copy for each part.
+rows a library's product is as fast, and Triton computes what stands around it.
 
 Triton applies in functions that `jax.jit` compiles for NVIDIA GPUs from Ampere on, in bfloat16 and
-float32: to products of at most `MAX_ROWS` rows, to attention of any length, to vision blocks, and
-to what is rounded to float8. Elsewhere the functions compute the same with JAX's operations
-(`kernels_plain`). The kernels themselves are `pruner_kernels`'s, which PyTorch launches too.
+float32. Elsewhere the functions compute the same with JAX's operations (`kernels_plain`). The
+kernels themselves are `pruner_kernels`'s, which PyTorch launches too.
 
-A product of few rows takes a `kernel` that lies in memory outputs first: `stored.T`, of an array
-[outputs, inputs], which XLA does not compute. Any other it would copy.
+`project`, `gated` and `merge` take a `kernel` that lies in memory outputs first: `stored.T`, of an
+array [outputs, inputs], which XLA does not compute. Of few rows they would copy any other. In the
+prefix kernels lie inputs first, so there a library multiplies however few the rows are: `product`,
+and what follows it is `rotate`, `gelu_product` or `add_scaled`.
 
 No gradients. Triton compiles a kernel when a program is lowered (seconds, kept on disk). Two calls
 with the same numbers give the same bits.
@@ -24,6 +24,7 @@ In a vision block N are patches.
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -84,11 +85,17 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
     return few_rows.applies(*sizes) and few_rows.available()
 
 
+def _pointwise() -> ModuleType:
+    from pruner_jax import kernels_pointwise
+
+    return kernels_pointwise
+
+
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
     """x · kernel, a library's; what Triton does is to round x where the kernel is in float8.
 
     Args:
-        x: of many tokens.
+        x: of many tokens; of few the result may be in `wide` precision.
         kernel: of x's dtype, or in float8.
     """
     if not available(x):
@@ -105,7 +112,62 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> R
         x: of R tokens.
         scale: in `wide` precision, with the one of "one plus scale" in it.
     """
-    return plain.scale_rows(x, scale)
+    if not available(x):
+        return plain.scale_rows(x, scale)
+    return _pointwise().add_scaled(x, None, None, scale)
+
+
+def rotate(
+    qkv: Float[Array, "R N"],
+    rows: Rows,
+    added: Float[Array, "N"] | TableRow | None,
+    cos: Float[Array, "B S half"],
+    sin: Float[Array, "B S half"],
+    key: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    value: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    place: int,
+    num_heads: int,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    """What `project` does to its product.
+
+    Args:
+        qkv: `rows.scaled` times the kernel.
+        rows, added, cos, sin, place, num_heads: as in `project`.
+        key, value: as in `project`; or, where there are none yet, what they are to be. All but
+            these S tokens are then undefined, for someone to write before they are read.
+    """
+    call = _pointwise().rotate if available(rows.x) else plain.rotate
+    return call(qkv, rows, added, cos, sin, key, value, place, num_heads)
+
+
+def gelu_product(
+    gate_up: Float[Array, "R 2*F"], rows: Rows, added: Float[Array, "2*F"] | TableRow | None
+) -> Float[Array, "R F"]:
+    """What `gated` does to its product.
+
+    Args:
+        gate_up: `rows.scaled` times the kernel.
+        rows, added: as in `gated`.
+    """
+    call = _pointwise().gelu_product if available(rows.x) else plain.gelu_product
+    return call(gate_up, rows, added)
+
+
+def add_scaled(
+    x: Float[Array, "R D"],
+    added: Float[Array, "R D"],
+    gate: Float[Array, "D"] | TableRow | None,
+    scale: Float[Array, "D"] | TableRow,
+) -> Rows:
+    """x + added * gate, as the norm that follows takes it: what `merge` does to its product.
+
+    Args:
+        x: the residual.
+        added: the product.
+        gate, scale: as in `merge`.
+    """
+    call = _pointwise().add_scaled if available(x) else plain.add_scaled
+    return call(x, added, gate, scale)
 
 
 def project(
@@ -134,10 +196,13 @@ def project(
         queries, `key`, `value`; the last two in place, where nobody reads what they were before.
     """
     fits = _is_of_few(rows.x) and num_heads > 0 and key.shape[-1] % 32 == 0
-    call = _launch().project if fits else plain.project
-    if plain.is_packed(rows.scaled) and available(rows.x):
-        call = _packed().project
-    return call(rows, kernel, added, cos, sin, key, value, place, num_heads)
+    arguments = rows, kernel, added, cos, sin, key, value, place, num_heads
+    if plain.is_packed(rows.scaled):
+        return (_packed() if available(rows.x) else plain).project(*arguments)
+    if fits:
+        return _launch().project(*arguments)
+    qkv = product(rows.scaled, kernel)
+    return rotate(qkv, rows, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
@@ -153,10 +218,11 @@ def gated(
     Returns:
         [R, F], packed if the rows are.
     """
-    call = _launch().gated if _is_of_few(rows.x) else plain.gated
-    if plain.is_packed(rows.scaled) and available(rows.x):
-        call = _packed().gated
-    return call(rows, gate_up, added)
+    if plain.is_packed(rows.scaled):
+        return (_packed() if available(rows.x) else plain).gated(rows, gate_up, added)
+    if _is_of_few(rows.x):
+        return _launch().gated(rows, gate_up, added)
+    return gelu_product(product(rows.scaled, gate_up), rows, added)
 
 
 def merge(
@@ -175,10 +241,11 @@ def merge(
         gate: of any dtype; None for 1.
         scale: of the norm that follows, as in `scale_rows`.
     """
-    call = _launch().merge if _is_of_few(residual) else plain.merge
-    if plain.is_packed(x) and available(x):
-        call = _packed().merge
-    return call(x, kernel, residual, gate, scale)
+    if plain.is_packed(x):
+        return (_packed() if available(x) else plain).merge(x, kernel, residual, gate, scale)
+    if _is_of_few(x):
+        return _launch().merge(x, kernel, residual, gate, scale)
+    return add_scaled(residual, product(x, kernel), gate, scale)
 
 
 def attend(

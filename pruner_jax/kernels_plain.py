@@ -4,7 +4,6 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +17,6 @@ from pruner_jax.tables import TableRow, value_of
 from pruner_kernels.few_rows import packed_shape
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
-
-Product = Callable[[Float[Array, "R D"], Float[Array, "D N"] | Quantized], Float[Array, "R N"]]
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +78,47 @@ def scale_rows(x: Float[Array, "R D"], scale: Float[Array, "D"] | TableRow) -> R
     return Rows(x, (wide * value_of(scale)).astype(x.dtype), jnp.square(wide).sum(axis=-1)[None])
 
 
+def rotate(
+    qkv: Float[Array, "R N"],
+    rows: Rows,
+    added: Float[Array, "N"] | TableRow | None,
+    cos: Float[Array, "B S half"],
+    sin: Float[Array, "B S half"],
+    key: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    value: Float[Array, "B T G H"] | jax.ShapeDtypeStruct,
+    place: int,
+    num_heads: int,
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
+    """`kernels.rotate`."""
+    batch, length = cos.shape[:2]
+    groups, head_dim = key.shape[2:]
+    heads = _normed(qkv, rows, added).reshape(batch, length, -1, head_dim)
+    query, new_key, new_value = jnp.split(heads, [num_heads, num_heads + groups], axis=2)
+    key = _written(key, _turned(new_key, cos, sin), place)
+    value = _written(value, new_value, place)
+    return _turned(query, cos, sin).astype(key.dtype), key, value
+
+
+def gelu_product(
+    gate_up: Float[Array, "R 2*F"], rows: Rows, added: Float[Array, "2*F"] | TableRow | None
+) -> Float[Array, "R F"]:
+    """`kernels.gelu_product`."""
+    gate, up = jnp.split(_normed(gate_up, rows, added), 2, axis=-1)
+    return (layers.gelu(gate) * up).astype(rows.x.dtype)
+
+
+def add_scaled(
+    x: Float[Array, "R D"],
+    added: Float[Array, "R D"],
+    gate: Float[Array, "D"] | TableRow | None,
+    scale: Float[Array, "D"] | TableRow,
+) -> Rows:
+    """`kernels.add_scaled`."""
+    added = added.astype(layers.wide(x.dtype))
+    added = added if gate is None else added * value_of(gate)
+    return scale_rows((x + added).astype(x.dtype), scale)
+
+
 def project(
     rows: Rows,
     kernel: Float[Array, "D N"],
@@ -93,39 +131,28 @@ def project(
     num_heads: int,
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
     """`kernels.project`."""
-    batch, length = cos.shape[:2]
-    groups, head_dim = key.shape[2:]
-    heads = _normed(rows, kernel, added).reshape(batch, length, -1, head_dim)
-    query, new_key, new_value = jnp.split(heads, [num_heads, num_heads + groups], axis=2)
-    key = _written(key, _turned(new_key, cos, sin), place)
-    value = _written(value, new_value, place)
-    return _turned(query, cos, sin).astype(key.dtype), key, value
+    qkv = product(unpack(rows.scaled, len(rows.x)), kernel)
+    return rotate(qkv, rows, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
-    rows: Rows,
-    gate_up: Float[Array, "D 2*F"] | Quantized,
-    added: Float[Array, "2*F"] | TableRow | None,
-    product: Product = product,
+    rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
 ) -> Array:
-    """`kernels.gated`, by this product."""
-    gate, up = jnp.split(_normed(rows, gate_up, added, product), 2, axis=-1)
-    out = (layers.gelu(gate) * up).astype(rows.x.dtype)
+    """`kernels.gated`."""
+    out = gelu_product(product(unpack(rows.scaled, len(rows.x)), gate_up), rows, added)
     return pack(out) if is_packed(rows.scaled) else out
 
 
 def merge(
     x: Array,
-    kernel: Float[Array, "F D"] | Quantized,
+    kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
     scale: Float[Array, "D"] | TableRow,
-    product: Product = product,
 ) -> Rows:
-    """`kernels.merge`, by this product."""
-    added = product(unpack(x, len(residual)), kernel).astype(layers.wide(x.dtype))
-    added = added if gate is None else added * value_of(gate)
-    return _scaled_as(is_packed(x), scale_rows((residual + added).astype(residual.dtype), scale))
+    """`kernels.merge`."""
+    added = product(unpack(x, len(residual)), kernel)
+    return _scaled_as(is_packed(x), add_scaled(residual, added, gate, scale))
 
 
 def attend(
@@ -230,14 +257,10 @@ def _factor(rows: Rows) -> Float[Array, "R 1"]:
 
 
 def _normed(
-    rows: Rows,
-    kernel: Float[Array, "D N"] | Quantized,
-    added: Float[Array, "N"] | TableRow | None,
-    product: Product = product,
+    x: Float[Array, "R N"], rows: Rows, added: Float[Array, "N"] | TableRow | None
 ) -> Float[Array, "R N"]:
-    """The norm's product with a kernel, in `wide` precision."""
-    scaled = unpack(rows.scaled, len(rows.x))
-    normed = product(scaled, kernel).astype(rows.squares.dtype) * _factor(rows)
+    """The norm's product with a kernel, of `rows.scaled`'s; in `wide` precision."""
+    normed = x.astype(rows.squares.dtype) * _factor(rows)
     return normed if added is None else normed + value_of(added)
 
 
@@ -251,6 +274,8 @@ def _turned(
 
 
 def _written(
-    room: Float[Array, "B T G H"], new: Float[Array, "B S G H"], place: int
+    room: Float[Array, "B T G H"] | jax.ShapeDtypeStruct, new: Float[Array, "B S G H"], place: int
 ) -> Float[Array, "B T G H"]:
+    if isinstance(room, jax.ShapeDtypeStruct):
+        room = jnp.zeros(room.shape, room.dtype)
     return jax.lax.dynamic_update_slice_in_dim(room, new.astype(room.dtype), place, axis=1)

@@ -3,12 +3,12 @@
 A custom call's pointers are those of whole arrays, so that a kernel itself must find its row of a
 table; PyTorch passes a view. Of a schedule's tables all vectors of a launch are of one step: a
 vector's stride is 0 where all steps have the same, and `step`, a pointer to an integer, None where
-all vectors have. The vision tower's have each a row of their own, None where it is no table's.
+all vectors have. Elsewhere each has a row of its own, None where it is no table's.
 """
 
 import triton.language as tl
 
-from pruner_kernels import rows, vision
+from pruner_kernels import pointwise, rows, vision
 from pruner_kernels.language import jit
 
 
@@ -140,3 +140,54 @@ def split_bias(
     """`vision.split_bias`."""
     bias = found(bias, bias_row, 3 * WIDTH)
     vision.split_bias(x, bias, query, key, value, rows, SCALE, WIDTH, ROWS, COLUMNS)
+
+
+@jit
+def rotate(
+    qkv, squares, added, added_row, cos, sin, query, key, value,
+    COUNT: tl.constexpr, LENGTH: tl.constexpr, ROOM: tl.constexpr, PLACE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, INPUTS: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`pointwise.rotate` of COUNT tokens, into ROOM keys and values a sample."""
+    HEAD: tl.constexpr = 2 * HALF
+    OUTPUTS: tl.constexpr = (QUERIES + 2 * KEYS) * HEAD
+    if HAS_ADDED:
+        added = found(added, added_row, OUTPUTS)
+    pointwise.rotate(
+        qkv, squares, added, cos, sin, query, key, value, COUNT, LENGTH, PLACE,
+        LENGTH * OUTPUTS, OUTPUTS, LENGTH * HALF, HALF, LENGTH * HALF, HALF,
+        LENGTH * QUERIES * HEAD, QUERIES * HEAD, HEAD,
+        ROOM * KEYS * HEAD, KEYS * HEAD, HEAD, ROOM * KEYS * HEAD, KEYS * HEAD, HEAD,
+        QUERIES, KEYS, HALF, INPUTS, PARTS, PARTS_BLOCK, HAS_ADDED, HEADS_BLOCK, HALF_BLOCK,
+    )  # fmt: skip
+
+
+@jit
+def gelu_product(
+    gate_up, squares, added, added_row, out,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, INPUTS: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`pointwise.gelu_product` of COUNT rows."""
+    if HAS_ADDED:
+        added = found(added, added_row, 2 * WIDTH)
+    pointwise.gelu_product(
+        gate_up, squares, added, out, COUNT, 2 * WIDTH, WIDTH, INPUTS, PARTS, PARTS_BLOCK,
+        HAS_ADDED, BLOCK,
+    )  # fmt: skip
+
+
+@jit
+def add_scaled(
+    x, y, gate, gate_row, scale, scale_row, out, scaled, squares,
+    WIDTH: tl.constexpr, HAS_SUM: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`pointwise.add_scaled`."""
+    if HAS_GATE:
+        gate = found(gate, gate_row, WIDTH)
+    scale = found(scale, scale_row, WIDTH)
+    pointwise.add_scaled(
+        x, y, gate, scale, out, scaled, squares, WIDTH, WIDTH, WIDTH, HAS_SUM, HAS_GATE, BLOCK
+    )

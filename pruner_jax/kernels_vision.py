@@ -1,12 +1,10 @@
 """Launches of `pruner_kernels`'s vision kernels: what stands between the products of a block."""
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float
 
 from pruner_jax import kernels_tables
-from pruner_jax.tables import TableRow
+from pruner_jax.tables import TableRow, arguments_of
 from pruner_jax.triton_call import triton_call
 from pruner_kernels.tiles import cdiv, power_of_two
 
@@ -22,7 +20,7 @@ def split_bias(
         kernels_tables.split_bias,
         {
             "x": x,
-            **_row("bias", bias),
+            **arguments_of("bias", bias),
             "query": part,
             "key": part,
             "value": part,
@@ -40,7 +38,7 @@ def gelu_bias(
     """`kernels.gelu_bias`."""
     tile, grid = _area(x.shape[0] * x.shape[1], x.shape[2])
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    arguments = {"x": x, **_row("bias", bias), "out": out, **tile}
+    arguments = {"x": x, **arguments_of("bias", bias), "out": out, **tile}
     (out,) = triton_call(kernels_tables.gelu_bias, arguments, grid=grid)
     return out
 
@@ -60,9 +58,9 @@ def add_layer_norm(
         {
             "x": x,
             "y": y,
-            **_row("bias", bias),
-            **_row("scale", scale),
-            **_row("shift", shift),
+            **arguments_of("bias", bias),
+            **arguments_of("scale", scale),
+            **arguments_of("shift", shift),
             "total": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "normed": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "WIDTH": width,
@@ -73,13 +71,6 @@ def add_layer_norm(
         num_warps=min(max(block // 512, 1), 8),
     )
     return total, normed
-
-
-def _row(name: str, vector: Float[Array, "N"] | TableRow) -> dict[str, Any]:
-    """What a kernel is given of a vector: an array, and which of its rows, if it is a table."""
-    if isinstance(vector, TableRow):
-        return {name: vector.table, f"{name}_row": vector.place}
-    return {name: vector, f"{name}_row": None}
 
 
 def _area(rows: int, width: int) -> tuple[dict[str, int], tuple[int, int]]:

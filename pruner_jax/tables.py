@@ -38,6 +38,13 @@ def value_of(vector: Float[Array, "N"] | TableRow) -> Float[Array, "N"]:
     return vector.value if isinstance(vector, TableRow) else vector
 
 
+def arguments_of(name: str, vector: Float[Array, "N"] | TableRow | None) -> dict[str, Any]:
+    """What a kernel is given of a vector: an array, and which of its rows, if it is a table."""
+    if isinstance(vector, TableRow):
+        return {name: vector.table, f"{name}_row": vector.place}
+    return {name: vector, f"{name}_row": None}
+
+
 class Gathered(Generic[Tree]):
     """The arrays of a tree, its vectors of one size and dtype as one table.
 
