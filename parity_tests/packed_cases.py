@@ -18,7 +18,8 @@ class Case:
     Attributes:
         name: with its sizes.
         function: of `kernels`.
-        rows: what is packed before: of x, and where the product has a norm its squares too.
+        rows: what is packed before: of x, and where the product has a norm its squares too; or
+            queries.
         kernel: [outputs, inputs], as it lies in memory.
         vectors: [STEPS, N]: what is added; or a gate and a scale.
         others: what follows.
@@ -65,3 +66,12 @@ def cases() -> Iterator[Case]:
                 vectors = normal((STEPS, WIDTH)), 1 + normal((STEPS, WIDTH))
                 name = f"merge {batch} x {length} of {inputs}"
                 yield Case(name, "merge", given, kernel(inputs, WIDTH), vectors)
+    for batch, length, keys in ((1, 50, 60), (1, 50, 178), (2, 20, 306), (4, 3, 130)):
+        draw = np.random.default_rng(7)
+        normal, shape = draw.standard_normal, (2, batch, keys, 1, HEAD_DIM)
+        query = {"query": 2 * HEAD_DIM**-0.5 * normal((batch, length, HEADS, HEAD_DIM))}
+        mask = draw.random((batch, keys)) < 0.6
+        mask[1:2] = False  # of two samples the second has no key at all
+        for name, given in (("all", None), ("masked", mask)):
+            name = f"attend {batch} x {length} of {keys}, {name}"
+            yield Case(name, "attend", query, np.zeros((1, 1)), (), (*normal(shape), given))

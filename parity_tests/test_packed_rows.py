@@ -56,6 +56,23 @@ def test_rows_are_packed_as_the_kernels_read_them(backend, count):
     assert not packed[:, :, count:].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_are_packed_in_tiles(backend):
+    """Of (token, head) pairs, each as rows are."""
+    _, plain = modules(backend)
+    batch, length, heads, head_dim = shape = (2, 5, 4, 64)
+    x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+    query = plain.pack_query(BACKENDS[backend].array(x))
+    assert query.shape == shape
+    assert tuple(query.packed.shape) == few_rows.queries_shape(*shape)
+    packed, pairs = BACKENDS[backend].numpy(query.packed), x.reshape(batch, -1, head_dim)
+    for pair in range(length * heads):
+        for k in range(head_dim):
+            at = place(pair % few_rows.QUERIES, k)
+            assert np.array_equal(packed[:, pair // few_rows.QUERIES, *at], pairs[:, pair, k])
+    assert np.array_equal(BACKENDS[backend].numpy(plain.unpack_query(query)), x)
+
+
 @pytest.mark.parametrize(
     ("change", "applies"),
     [
@@ -80,11 +97,13 @@ def test_where_it_applies(change, applies):
 
 def launches(rows: int, width: int, mlp: int, heads: int, head_dim: int) -> list[few_rows.Launch]:
     return [
-        few_rows.project(rows, width, 1, heads, head_dim, rows, rows + 9, 9),
-        few_rows.project(rows, width, width // 64, heads, head_dim, rows, rows, 0),
+        few_rows.project(rows, width, 1, heads, head_dim, rows, rows + 9, 9, True),
+        few_rows.project(rows, width, width // 64, heads, head_dim, rows, rows, 0, False),
         few_rows.gated(rows, width, width // 64, mlp),
         few_rows.merge(rows, heads * head_dim, width),
         few_rows.merge(rows, mlp, width),
+        few_rows.attend(1, rows, heads, head_dim, rows + 9, rows + 9, True),
+        few_rows.attend(1, rows, heads, head_dim, few_rows.MAX_KEYS, few_rows.MAX_KEYS, False),
     ]
 
 
@@ -104,7 +123,7 @@ def test_launches_compile(sizes, form):
 
 @needs_nvrtc
 def test_what_does_not_compile_is_said():
-    launch = few_rows.Launch("gated<1024, 16, 4096>", (), 50, 1, 16)
+    launch = few_rows.Launch("gated<1024, 16, 4096>", (), 50, (1, 1, 1), 16)
     with pytest.raises(RuntimeError, match=r"gated<1024, 16, 4096> does not compile.*static"):
         few_rows.compiled(launch, "ptx", False, few_rows.AHEAD)
 
@@ -113,6 +132,8 @@ def result(backend: str, case: Case, packed: bool, wide: bool, plain: bool) -> l
     """What a function gives: rows as they are, keys and values as they were left."""
     kernels, kernels_plain = modules(backend)
     array = functools.partial(_array, backend, wide)
+    if case.function == "attend":
+        return _attended(backend, case, packed, array, kernels_plain if plain else kernels)
     pack = kernels_plain.pack if packed else lambda x: x
     x, kernel = pack(array(case.rows["scaled"])), array(case.kernel).T
     vectors = [_vector(backend, array(each, narrow=False)) for each in case.vectors]
@@ -140,9 +161,21 @@ def result(backend: str, case: Case, packed: bool, wide: bool, plain: bool) -> l
     if hasattr(found, "squares"):
         scaled = kernels_plain.unpack(found.scaled, len(found.x))
         found = (found.x, scaled, found.squares.sum(0))
+    elif case.function == "project" and isinstance(found[0], kernels_plain.PackedQuery):
+        found = (kernels_plain.unpack_query(found[0]), *found[1:])
     elif case.function == "gated":
         found = (kernels_plain.unpack(found, len(case.rows["scaled"])),)
     return [BACKENDS[backend].numpy(each) for each in found]
+
+
+def _attended(backend: str, case: Case, packed: bool, array: Any, module: Any) -> list[np.ndarray]:
+    _, plain = modules(backend)
+    *caches, mask = case.others
+    query, key, value = (array(each) for each in (case.rows["query"], *caches))
+    mask = None if mask is None else BACKENDS[backend].array(mask)
+    count = query.shape[0] * query.shape[1]
+    found = module.attend(plain.pack_query(query) if packed else query, key, value, mask, packed)
+    return [BACKENDS[backend].numpy(plain.unpack(found, count))]
 
 
 def _array(backend: str, wide: bool, values: np.ndarray, narrow: bool = True) -> Any:
@@ -172,9 +205,13 @@ def _vector(backend: str, table: Any) -> Any:
     return TableRow(table, jnp.int32(STEP))
 
 
+# One sample's products, and attention.
+SOME = [*list(packed_cases.cases())[:4], *list(packed_cases.cases())[-4:]]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="XLA's fusions round as they please on a GPU")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", list(packed_cases.cases())[:4], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_without_such_a_gpu_packed_rows_give_the_same(backend, case):
     dense, packed = (result(backend, case, packed, False, True) for packed in (False, True))
     for found, expected in zip(packed, dense, strict=True):

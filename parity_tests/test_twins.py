@@ -23,7 +23,9 @@ FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py"} | {
     f"kernels_{part}.py" for part in ("pointwise", "tables")
 }
 # Of one outline as far as they go, but for what they are told of a schedule's step and of strides.
-FILES_OF_EACH = {"kernels.py"} | {f"kernels_{part}.py" for part in ("launch", "plain", "vision")}
+FILES_OF_EACH = {"kernels.py"} | {
+    f"kernels_{part}.py" for part in ("launch", "packed", "plain", "vision")
+}
 # A framework's own; one twin may have them where the other has not.
 # JAX compiles a whole step; PyTorch compiles layers, if it is asked to, or has Triton's kernels.
 FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations"}

@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float
 from pruner_jax import kernels_plain as plain
 from pruner_jax import triton_call
 from pruner_jax.float8 import Quantized
-from pruner_jax.kernels_plain import MAX_ROWS, Rows
+from pruner_jax.kernels_plain import MAX_ROWS, PackedQuery, Rows
 from pruner_jax.tables import TableRow
 from pruner_kernels import few_rows
 
@@ -249,7 +249,7 @@ def merge(
 
 
 def attend(
-    query: Float[Array, "B S K H"],
+    query: Float[Array, "B S K H"] | PackedQuery,
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
@@ -262,12 +262,14 @@ def attend(
         key, value: values of masked keys are to be finite: they are multiplied by 0.
         key_mask: False for keys that nobody attends to; where all are, values are averaged. Keys
             past its end are not there. None for all T.
-        packed: how the result is written.
+        packed: how the result is written; True for packed queries.
 
     Returns:
         [B * S, K * H], or packed.
     """
-    call = _launch().attend if available(query) else plain.attend
+    if isinstance(query, PackedQuery) and available(key):
+        return _packed().attend(query, key, value, key_mask)
+    call = _launch().attend if available(key) else plain.attend
     return call(query, key, value, key_mask, packed)
 
 

@@ -8,19 +8,21 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pruner_jax import kernels
-from pruner_jax.deployed import ExpertLayer
 from pruner_jax.kernels_plain import Rows
 from pruner_kernels import tiles
 
+if TYPE_CHECKING:
+    from pruner_jax.deployed import ExpertLayer
 
-def autotune(layers: Sequence[ExpertLayer], rows: int, keys: int | None, head_dim: int) -> None:
+
+def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_dim: int) -> None:
     """Times a few tiles of the layers' products and of their attention, and keeps the fastest.
 
     In this process, for these sizes; what was timed before is not timed again. Nothing is where

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from pruner_jax.kernels_plain import Rows
+from pruner_jax.kernels_plain import PackedQuery, Rows
 from pruner_jax.tables import TableRow
 from pruner_jax.triton_call import Compiled, launched
 from pruner_kernels import few_rows
@@ -27,14 +27,16 @@ def project(
     value: Float[Array, "B T 1 H"],
     place: int,
     num_heads: int,
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
+) -> tuple[Float[Array, "B S K H"] | PackedQuery, Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
     """`kernels.project`."""
     (batch, length), (room, _, head_dim) = cos.shape[:2], key.shape[1:]
     rows, width = given.x.shape
+    packed = few_rows.attends(place + length, head_dim)
     launch = few_rows.project(
-        rows, width, len(given.squares), num_heads, head_dim, length, room, place
+        rows, width, len(given.squares), num_heads, head_dim, length, room, place, packed
     )
-    query = jax.ShapeDtypeStruct((batch, length, num_heads, head_dim), key.dtype)
+    shape = batch, length, num_heads, head_dim
+    query = jax.ShapeDtypeStruct(few_rows.queries_shape(*shape) if packed else shape, key.dtype)
     given_arrays = {
         **_normed(given, kernel, added),
         "cos": cos,
@@ -43,7 +45,24 @@ def project(
         "value": value,
     }
     query, key, value = _run(launch, given_arrays, {"query": query, "key": key, "value": value})
-    return query, key, value
+    return PackedQuery(query, length, num_heads) if packed else query, key, value
+
+
+def attend(
+    query: PackedQuery,
+    key: Float[Array, "B T 1 H"],
+    value: Float[Array, "B T 1 H"],
+    key_mask: Bool[Array, "B _"] | None,
+) -> Float[Array, "K*H/32 4 N 8"]:
+    """`kernels.attend`."""
+    batch, room, _, head_dim = key.shape
+    length, heads, masked = query.length, query.heads, key_mask is not None
+    mask = jnp.zeros((batch, room), bool) if key_mask is None else key_mask  # or of no meaning
+    launch = few_rows.attend(batch, length, heads, head_dim, mask.shape[1], room, masked)
+    out = jax.ShapeDtypeStruct(packed_shape(batch * length, heads * head_dim), key.dtype)
+    given = {"query": query.packed, "key": key, "value": value, "mask": mask}
+    (out,) = _run(launch, given, {"out": out})
+    return out
 
 
 def gated(
@@ -104,9 +123,9 @@ def _run(
     binary = Compiled(
         name=name,
         ptx=code.decode(),
-        threads=few_rows.THREADS,
+        threads=launch.threads,
         shared=launch.shared,
         pointers=len(launch.arg_names) + len(aliased),
     )
     specs = {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in outputs.items()}
-    return tuple(launched(binary, launch.arg_names, given, specs, (launch.blocks, 1, 1)))
+    return tuple(launched(binary, launch.arg_names, given, specs, launch.grid))

@@ -4,6 +4,7 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from pruner_jax import layers
 from pruner_jax.float8 import Quantized, multiply, quantize_rows
 from pruner_jax.gemma import RMS_EPSILON
 from pruner_jax.tables import TableRow, value_of
-from pruner_kernels.few_rows import packed_shape
+from pruner_kernels.few_rows import packed_shape, queries_shape
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
 
@@ -36,6 +37,29 @@ class Rows:
     x: Float[Array, "R D"]
     scaled: Array
     squares: Float[Array, "P R"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["length", "heads"]
+)
+@dataclasses.dataclass(frozen=True)
+class PackedQuery:
+    """Queries as `attend` takes them beside packed rows: in tiles of (token, head) pairs.
+
+    Attributes:
+        packed: see `pack_query`.
+        length: tokens of a sample.
+        heads: K.
+    """
+
+    packed: Float[Array, "B tiles H/32 4 16 8"]
+    length: int
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, S, K, H]."""
+        return self.packed.shape[0], self.length, self.heads, 32 * self.packed.shape[2]
 
 
 def packs(rows: int, layer: Any, head_dim: int) -> bool:
@@ -62,6 +86,23 @@ def unpack(x: Array, rows: int) -> Float[Array, "R D"]:
 
 def is_packed(x: Array) -> bool:
     return x.ndim == 4
+
+
+def pack_query(query: Float[Array, "B S K H"]) -> PackedQuery:
+    """Each tile's (token, head) pairs as `pack` has rows."""
+    batch, length, heads, head_dim = query.shape
+    _, tiles, *_, tile, _ = queries_shape(*query.shape)
+    pairs = query.reshape(batch, length * heads, head_dim)
+    pairs = jnp.pad(pairs, ((0, 0), (0, tiles * tile - length * heads), (0, 0)))
+    packed = jax.vmap(pack)(pairs.reshape(-1, tile, head_dim))
+    return PackedQuery(packed.reshape(queries_shape(*query.shape)), length, heads)
+
+
+def unpack_query(query: PackedQuery) -> Float[Array, "B S K H"]:
+    batch, tiles, groups, _, tile, _ = query.packed.shape
+    each = query.packed.reshape(-1, *query.packed.shape[2:])
+    pairs = jax.vmap(lambda x: unpack(x, tile))(each).reshape(batch, tiles * tile, 32 * groups)
+    return pairs[:, : query.length * query.heads].reshape(batch, query.length, query.heads, -1)
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
@@ -156,13 +197,14 @@ def merge(
 
 
 def attend(
-    query: Float[Array, "B S K H"],
+    query: Float[Array, "B S K H"] | PackedQuery,
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
     packed: bool = False,
 ) -> Array:
     """`kernels.attend`."""
+    query = unpack_query(query) if isinstance(query, PackedQuery) else query
     mask, keys = None, key.shape[1]
     if key_mask is not None:
         batch, keys = key_mask.shape

@@ -1,4 +1,5 @@
-// Products of up to 64 rows with a large kernel, on Hopper; what they compute, `rows.py` says.
+// Products of up to 64 rows with a large kernel, and the attention between them, on Hopper; what
+// they compute, `rows.py` and `attention.py` say.
 //
 // Such a product takes as long as its kernel takes to arrive from memory. So a block asks for all
 // of its weights at once, straight into the registers from which the tensor cores read them, and
@@ -10,6 +11,8 @@
 // a row is at (k / 32, k % 8 / 2, row, k % 32 / 8 * 2 + k % 2). A thread's 16 bytes of weights are
 // 8 inputs of one output. As the operand of two steps of 16 inputs each they stand for those inputs
 // in an order of their own; the rows are in that order too.
+//
+// Attention is such a product, too: of keys with queries, which are packed in tiles of 16.
 //
 // Compiled with ROWS, DEPTH (chunks of weights that are asked for ahead), TABLED (whether vectors
 // are tables, whose row is `*step`) and SHARED (bytes of shared memory), after `multiply`.
@@ -24,7 +27,9 @@ constexpr int GROUPS = 2, COMPUTING = 128 * GROUPS, THREADS = COMPUTING + 128;
 constexpr int CHUNK = 64 * GROUPS, CHUNK_BYTES = CHUNK * N * 2;  // inputs that arrive together
 constexpr int HALF_TILES = (TILES + 1) / 2;  // what the first warpgroup finishes
 constexpr int BLOCKS = 4, BLOCK_TILES = (TILES + BLOCKS - 1) / BLOCKS;  // of a cluster
-constexpr float EPSILON = 1e-6f;
+constexpr int QUERIES = 16;  // (token, head) pairs of a tile
+constexpr float EPSILON = 1e-6f, LOG2_E = 1.4426950408889634f;
+constexpr float MASKED_VALUE = -2.3819763e38f;  // of a logit, that of `attention.py`
 
 extern __shared__ __align__(128) byte shared[];
 
@@ -288,10 +293,10 @@ KERNEL gated(const bf16 *x, const float *squares, const bf16 *kernel, const floa
     int column = 8 * at.warp + at.row, place = 32 * blockIdx.x + column;
     Product<WIDTH> product(at, kernel + (size_t)place * WIDTH, kernel + (size_t)(place + PLACES) * WIDTH);
     here.incoming.wait_for_barriers();
-    wait(here.incoming.others);
-    here.norm.compute(WIDTH);
     float d[N / 2];
     product.compute(at, here.incoming, d);
+    wait(here.incoming.others);
+    here.norm.compute(WIDTH);
     here.exchange(at, d);
     bf16 *result = here.incoming.rows;  // whose rows have been read
     float gate_added = here.added[0][column], up_added = here.added[1][column];
@@ -314,6 +319,7 @@ KERNEL gated(const bf16 *x, const float *squares, const bf16 *kernel, const floa
 
 // Queries, keys and values, queries and keys turned: 32 columns of a head's first half a block, and
 // those that they are turned with. Of LENGTH tokens a sample the first is at PLACE of ROOM keys.
+// Queries are [R, HEADS, HEAD_DIM]; or PACKED, in tiles of a sample's (token, head) pairs.
 template <int WIDTH, int PARTS> struct Project {
     static constexpr int PITCH = 36;  // so that a warp reads from 32 banks
     Incoming<WIDTH> incoming;
@@ -321,7 +327,7 @@ template <int WIDTH, int PARTS> struct Project {
     alignas(16) float added[2][32], turns[2][N][PITCH];
     alignas(16) Exchange exchange;
 };
-template <int WIDTH, int PARTS, int HEADS, int HEAD_DIM, int LENGTH, int ROOM, int PLACE>
+template <int WIDTH, int PARTS, int HEADS, int HEAD_DIM, int LENGTH, int ROOM, int PLACE, bool PACKED>
 KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const float *added, const int *step,
                const float *cos, const float *sin, bf16 *query, bf16 *key, bf16 *value,
                const void *, const void *) {  // XLA hands over key and value again
@@ -360,11 +366,13 @@ KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const fl
     const bf16 *from = kernel + (size_t)(head * HEAD_DIM + begin + column) * WIDTH;
     Product<WIDTH> product(at, from, from + (size_t)HALF * WIDTH);
     here.incoming.wait_for_barriers();
-    wait(here.incoming.others);
-    here.norm.compute(WIDTH);
     float d[N / 2];
     product.compute(at, here.incoming, d);
+    wait(here.incoming.others);
+    here.norm.compute(WIDTH);
     here.exchange(at, d);
+    bool packs = PACKED && head < HEADS;
+    int place = packs ? column % 8 / 2 * 8 + column / 8 * 2 + column % 2 : column;
     bf16 *result = here.incoming.rows;  // [2][N][40]; a pitch of 40 keeps 16 bytes together
     float first_added = here.added[0][column], second_added = here.added[1][column];
 #pragma unroll
@@ -376,17 +384,27 @@ KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const fl
             float factor = here.norm.factors[row + e];
             float a = d[4 * j + e] * factor + first_added, b = d[4 * j + 2 + e] * factor + second_added;
             float c = turned ? here.turns[0][row + e][column] : 1, s = turned ? here.turns[1][row + e][column] : 0;
-            result[(row + e) * 40 + column] = rounded(a * c - b * s);
-            result[(N + row + e) * 40 + column] = rounded(b * c + a * s);
+            result[(row + e) * 40 + place] = rounded(a * c - b * s);
+            result[(N + row + e) * 40 + place] = rounded(b * c + a * s);
         }
     }
     all_that_compute();
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * 8; i += COMPUTING) {
-        int row = i / 8, half = i / 4 % 2, eight = i % 4 * 8;
-        size_t place = ((size_t)(row / LENGTH) * ROOM + PLACE + row % LENGTH) * HEAD_DIM;
-        bf16 *to = head < HEADS ? query + (row * HEADS + head) * HEAD_DIM : (head == HEADS ? key : value) + place;
-        *(uint4 *)(to + half * HALF + begin + eight) = *(const uint4 *)(result + (half * N + row) * 40 + eight);
+        int row = i / 8, half = i / 4 % 2, eight = i % 4, sample = row / LENGTH, token = row % LENGTH;
+        int first = half * HALF + begin;
+        bf16 *to;
+        if (packs) {
+            int pair = token * HEADS + head;
+            int tile = sample * ((LENGTH * HEADS + QUERIES - 1) / QUERIES) + pair / QUERIES;
+            to = query + tile * QUERIES * HEAD_DIM + ((first / 32 * 4 + eight) * QUERIES + pair % QUERIES) * 8;
+        } else if (head < HEADS) {
+            to = query + (row * HEADS + head) * HEAD_DIM + first + 8 * eight;
+        } else {
+            size_t place = ((size_t)sample * ROOM + PLACE + token) * HEAD_DIM;
+            to = (head == HEADS ? key : value) + place + first + 8 * eight;
+        }
+        *(uint4 *)to = *(const uint4 *)(result + (half * N + row) * 40 + 8 * eight);
     }
 }
 
@@ -490,4 +508,161 @@ KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16
     if (local < 8 * BLOCK_TILES && row < ROWS)
         squares[cluster * ROWS + row] =
             (here.sums[0][local] + here.sums[1][local]) + (here.sums[2][local] + here.sums[3][local]);
+}
+
+// Softmax attention of a tile of packed queries, all heads to the same KEYS of ROOM in memory, the
+// last LENGTH of which a launch before this one has written; the result is packed. A warpgroup has
+// 64 keys, straight in registers; weights and values are multiplied by mma.
+template <int DIM, int CHUNKS> struct Attend {
+    static constexpr int WARPS = 4 * CHUNKS;
+    bf16 query[QUERIES * DIM];
+    alignas(16) bf16 value[64 * CHUNKS][DIM + 8], weights[QUERIES][64 * CHUNKS + 8];
+    float tops[WARPS][QUERIES], sums[WARPS][QUERIES];
+    alignas(16) u64 query_arrived;
+};
+__device__ __forceinline__ float exp2_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// Four 8 x 8 matrices, a row of one at each lane's place.
+#define LOAD_MATRICES(m, kind, place) \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" kind ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(address(place)) : "memory")
+__device__ __forceinline__ void multiply_few(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <int HEADS, int DIM, int LENGTH, int KEYS, int ROOM, bool MASKED>
+__global__ void __launch_bounds__((KEYS + 63) / 64 * 128, 1)
+attend(const bf16 *query, const bf16 *key, const bf16 *value, const byte *mask, bf16 *out) {
+    constexpr int CHUNKS = (KEYS + 63) / 64, WARPS = 4 * CHUNKS;
+    using Here = Attend<DIM, CHUNKS>;
+    static_assert(sizeof(Here) == SHARED, "");
+    Here &here = *(Here *)shared;
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    int sample = blockIdx.y;
+    if (threadIdx.x == 0) {
+        start(here.query_arrived, 1);
+        started();
+    }
+    __syncthreads();
+    key += (size_t)sample * ROOM * DIM, value += (size_t)sample * ROOM * DIM;
+
+    // A warp has 16 keys, a thread two of them; and a row's share of their values, where registers
+    // are left for that.
+    constexpr int AT_ONCE = DIM / 8 / 32;  // 16 bytes of a row, a thread
+    int keys[2] = {16 * warp + row, 16 * warp + row + 8};
+    uint4 first[DIM / 32], second[DIM / 32], values[16][AT_ONCE];
+    auto ask_values = [&] {
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                int place = 16 * warp + i;
+                values[i][j] = {0, 0, 0, 0};
+                if (place < KEYS) values[i][j] = load_once(value + place * DIM + 256 * j + 8 * lane);
+            }
+    };
+    auto ask = [&] {
+        const bf16 *from = key + min(keys[0], KEYS - 1) * DIM + 8 * quad;
+        const bf16 *other = key + min(keys[1], KEYS - 1) * DIM + 8 * quad;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; ++i) first[i] = load_once(from + 32 * i), second[i] = load_once(other + 32 * i);
+        if (CHUNKS <= 3) ask_values();
+    };
+    bool was_there = 16 * warp + 16 <= KEYS - LENGTH;
+    if (was_there) ask();
+    let_next_launch();
+    after_last_launch();
+    if (threadIdx.x == 0) {
+        expect(here.query_arrived, sizeof(here.query));
+        const bf16 *from = query + ((size_t)sample * gridDim.x + blockIdx.x) * QUERIES * DIM;
+        copy(here.query, from, sizeof(here.query), here.query_arrived);
+    }
+    if (!was_there) ask();
+    bool visible[2] = {true, true};
+    if (MASKED)
+        for (int i = 0; i < 2; ++i) visible[i] = mask[sample * KEYS + min(keys[i], KEYS - 1)];
+
+    // Logits of two keys and four queries a thread: [2 tiles][2 keys][2 queries].
+    float d[8];
+    wait(here.query_arrived);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < DIM / 16; ++i) {
+        const uint4 &a = first[i / 2], &b = second[i / 2];
+        u32 place = address(here.query) + 2 * i * QUERIES * 16;
+        u64 tile = (u64)((place & 0x3ffff) >> 4) | (u64)QUERIES << 16 | (u64)8 << 32;
+        if (i % 2 == 0) multiply(d, a.x, b.x, a.y, b.y, tile, i > 0);
+        else multiply(d, a.z, b.z, a.w, b.w, tile, 1);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (CHUNKS > 3) ask_values();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int which = i / 2 % 2;
+        d[i] = keys[which] >= KEYS ? -__int_as_float(0x7f800000) : !visible[which] ? MASKED_VALUE : d[i] * LOG2_E;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float top = fmaxf(d[i / 2 * 4 + i % 2], d[i / 2 * 4 + 2 + i % 2]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+        if (row == 0) here.tops[warp][i / 2 * 8 + 2 * quad + i % 2] = top;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int column = i / 2 * 8 + 2 * quad + i % 2;
+        float top = here.tops[0][column], sum = 0;
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) top = fmaxf(top, here.tops[w][column]);
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            float weight = exp2_(d[i / 2 * 4 + 2 * which + i % 2] - top);
+            sum += weight;
+            here.weights[column][keys[which]] = rounded(weight);
+        }
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (row == 0) here.sums[warp][column] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) *(uint4 *)&here.value[16 * warp + i][256 * j + 8 * lane] = values[i][j];
+    __syncthreads();
+
+    // 32 elements of the result a warp.
+    for (int block = warp; block < DIM / 32; block += WARPS) {
+        float total[4][4] = {};
+#pragma unroll
+        for (int k = 0; k < 64 * CHUNKS; k += 16) {
+            u32 a[4], b[4];
+            LOAD_MATRICES(a, "", &here.weights[lane % 16][k + lane / 16 * 8]);
+#pragma unroll
+            for (int n = 0; n < 4; n += 2) {
+                LOAD_MATRICES(b, ".trans", &here.value[k + lane % 16][32 * block + 8 * n + lane / 16 * 8]);
+                multiply_few(total[n], a, b[0], b[1]);
+                multiply_few(total[n + 1], a, b[2], b[3]);
+            }
+        }
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            int local = row + 8 * which, pair = QUERIES * blockIdx.x + local;
+            int token = pair / HEADS, head = pair % HEADS;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += here.sums[w][local];
+            u32 both[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) both[n] = pack(total[n][2 * which] / sum, total[n][2 * which + 1] / sum);
+            // A thread's eight elements are adjacent in memory, packed.
+            int place = (((head * DIM / 32 + block) * 4 + quad) * N + sample * LENGTH + token) * 8;
+            if (token < LENGTH) *(uint4 *)(out + place) = {both[0], both[1], both[2], both[3]};
+        }
+    }
 }

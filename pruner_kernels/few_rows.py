@@ -3,7 +3,7 @@
 NVRTC compiles a launch for its sizes, in a third of a second. It comes with the CUDA wheels of
 PyTorch and JAX; `cuda-bindings`, through which it is reached, with PyTorch's.
 
-Dimension letters: R rows, D width, N outputs, F inputs of a merge.
+Dimension letters: R rows, D width, N outputs, F inputs of a merge, B batch, H head_dim.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ from pruner_kernels.tiles import HOPPER, cdiv
 CAPABILITY = (9, 0)  # Hopper's, whose instructions later GPUs do not have
 MAX_ROWS = 64
 MAX_PARTS = 16  # of the sums of squares
-THREADS = 384  # of a block
+MAX_KEYS = 320  # of attention: a block has a warpgroup for 64
+QUERIES = 16  # (token, head) pairs of a tile
 CHUNK = 128  # inputs that arrive together
 BLOCKS = 4  # of a cluster
 # Chunks of weights that are asked for ahead. Where a launch begins while the one before still runs,
@@ -35,15 +36,17 @@ class Launch:
         kernel: its name, and the arguments of its template.
         arg_names: its parameters, all of them pointers.
         rows: R.
-        blocks: that are launched.
+        grid: blocks that are launched, on three axes.
         shared: bytes of shared memory, of a block.
+        threads: of a block.
     """
 
     kernel: str
     arg_names: tuple[str, ...]
     rows: int
-    blocks: int
+    grid: tuple[int, int, int]
     shared: int
+    threads: int = 384
 
 
 def applies(
@@ -75,8 +78,26 @@ def packed_shape(rows: int, width: int) -> tuple[int, int, int, int]:
     return width // 32, 4, 8 * cdiv(rows, 8), 8
 
 
+def attends(keys: int, head_dim: int) -> bool:
+    """Whether `attend` applies, to whose queries `project` then gives its layout."""
+    return 0 < keys <= MAX_KEYS and head_dim == 256
+
+
+def queries_shape(batch: int, length: int, heads: int, head_dim: int) -> tuple[int, ...]:
+    """Of packed queries: [B, tiles, H / 32, 4, 16, 8], of a sample's (token, head) pairs."""
+    return batch, cdiv(length * heads, QUERIES), head_dim // 32, 4, QUERIES, 8
+
+
 def project(
-    rows: int, width: int, parts: int, heads: int, head_dim: int, length: int, room: int, place: int
+    rows: int,
+    width: int,
+    parts: int,
+    heads: int,
+    head_dim: int,
+    length: int,
+    room: int,
+    place: int,
+    packed: bool,
 ) -> Launch:
     """`rows.project`, of packed rows.
 
@@ -89,19 +110,22 @@ def project(
         length: tokens of a sample.
         room: keys of a sample in memory.
         place: of a sample's first token among them.
+        packed: whether queries are, for `attend`.
     """
-    sizes = f"{width}, {parts}, {heads}, {head_dim}, {length}, {room}, {place}"
+    sizes = f"{width}, {parts}, {heads}, {head_dim}, {length}, {room}, {place}, {int(packed)}"
     names = ("x", "squares", "kernel", "added", "step", "cos", "sin", "query", "key", "value")
     turns = 2 * 8 * cdiv(rows, 8) * 36 * 4
     shared = _normed(rows, width, parts) + 2 * 32 * 4 + turns + _exchange(rows)
-    return Launch(f"project<{sizes}>", names, rows, (heads + 2) * head_dim // 64, shared)
+    grid = (heads + 2) * head_dim // 64, 1, 1
+    return Launch(f"project<{sizes}>", names, rows, grid, shared)
 
 
 def gated(rows: int, width: int, parts: int, places: int) -> Launch:
     """`rows.gated`, of packed rows to packed rows; `places` are half of the kernel's outputs."""
     names = ("x", "squares", "kernel", "added", "step", "out")
     shared = _normed(rows, width, parts) + 2 * 32 * 4 + _exchange(rows)
-    return Launch(f"gated<{width}, {parts}, {places}>", names, rows, places // 32, shared)
+    grid = places // 32, 1, 1
+    return Launch(f"gated<{width}, {parts}, {places}>", names, rows, grid, shared)
 
 
 def merge(rows: int, inputs: int, width: int) -> Launch:
@@ -110,8 +134,31 @@ def merge(rows: int, inputs: int, width: int) -> Launch:
     tiles = cdiv(cdiv(rows, 8), BLOCKS)
     shared = _aligned(_incoming(rows, inputs // BLOCKS)) + BLOCKS * 4 * tiles * 32 * 16
     shared += _exchange(rows) + 64 * 4 + 4 * 8 * tiles * 4 + 64 * 2 + 8 * tiles * 72 * 2 + 8
-    blocks = BLOCKS * (width // 64)
-    return Launch(f"merge<{inputs}, {width}>", names, rows, blocks, _aligned(shared))
+    grid = BLOCKS * (width // 64), 1, 1
+    return Launch(f"merge<{inputs}, {width}>", names, rows, grid, _aligned(shared))
+
+
+def attend(
+    batch: int, length: int, heads: int, head_dim: int, keys: int, room: int, masked: bool
+) -> Launch:
+    """`attention.attend`, of packed queries to packed rows.
+
+    Args:
+        batch: samples.
+        length: tokens of each.
+        heads: of queries; there is one of keys.
+        head_dim: of each.
+        keys: that are attended to; the last `length` are of these tokens.
+        room: keys of a sample in memory.
+        masked: whether a mask [B, keys] says which.
+    """
+    chunks = cdiv(keys, 64)
+    sizes = f"{heads}, {head_dim}, {length}, {keys}, {room}, {int(masked)}"
+    names = ("query", "key", "value", "mask", "out")
+    shared = 2 * (QUERIES * head_dim + 64 * chunks * (head_dim + 8) + QUERIES * (64 * chunks + 8))
+    shared += 2 * 4 * chunks * QUERIES * 4 + 2 * 8
+    grid = cdiv(length * heads, QUERIES), batch, 1
+    return Launch(f"attend<{sizes}>", names, batch * length, grid, shared, 128 * chunks)
 
 
 def _normed(rows: int, width: int, parts: int) -> int:
@@ -158,7 +205,8 @@ def compiled(
     """
     nvrtc = _nvrtc()
     assert launch.shared <= HOPPER, launch
-    text = _multiply(launch.rows) + Path(__file__).with_name("few_rows.cu").read_text()
+    columns = sorted({8 * cdiv(launch.rows, 8), QUERIES})
+    text = "".join(map(_multiply, columns)) + Path(__file__).with_name("few_rows.cu").read_text()
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"few_rows.cu", 0, [], []))
     try:
         name = launch.kernel.encode()
@@ -191,9 +239,8 @@ def compiled(
     return entry, bytes(code)
 
 
-def _multiply(rows: int) -> str:
-    """The instruction that multiplies 64 outputs with R rows, and adds; of as many registers."""
-    columns = 8 * cdiv(rows, 8)
+def _multiply(columns: int) -> str:
+    """The instruction that multiplies 64 outputs with so many rows, and adds."""
     count = columns // 2
     totals = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))

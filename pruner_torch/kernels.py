@@ -33,7 +33,7 @@ from pruner_kernels import few_rows
 from pruner_torch import kernels_checks as checks
 from pruner_torch import kernels_plain as plain
 from pruner_torch.float8 import Quantized
-from pruner_torch.kernels_plain import Rows
+from pruner_torch.kernels_plain import PackedQuery, Rows
 
 if TYPE_CHECKING:
     from pruner_torch.deployed import ExpertLayer
@@ -229,7 +229,7 @@ def merge(
 
 
 def attend(
-    query: Float[Tensor, "B S K H"],
+    query: Float[Tensor, "B S K H"] | PackedQuery,
     key: Float[Tensor, "B T 1 H"],
     value: Float[Tensor, "B T 1 H"],
     key_mask: Bool[Tensor, "B T"] | None,
@@ -241,7 +241,7 @@ def attend(
         query, key, value: views into larger buffers, if need be. Values of masked keys are to be
             finite: they are multiplied by 0.
         key_mask: False for keys that nobody attends to; where all are, values are averaged.
-        packed: how the result is written.
+        packed: how the result is written; True for packed queries.
 
     Returns:
         [B * S, K * H], or packed.
@@ -256,10 +256,13 @@ def attend(
         raise ValueError(f"expected [B, S, K, H] and twice [B, T, 1, H], got {shapes}")
     if key_mask is not None and key_mask.shape != (batch, keys):
         raise ValueError(f"expected a mask of {[batch, keys]}, got {list(key_mask.shape)}")
-    checks.check_dense(query, key, value)
-    if not available(query):
+    checks.check_dense(key, value)
+    if not available(key):
         return plain.attend(query, key, value, key_mask, packed)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(key):
+        if isinstance(query, PackedQuery):
+            return _packed().attend(query, key, value, key_mask)
+        checks.check_dense(query)
         return _launch().attend(query, key, value, key_mask, packed)
 
 

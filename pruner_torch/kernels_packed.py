@@ -10,12 +10,12 @@ import importlib
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pruner_kernels import few_rows
 from pruner_kernels.few_rows import Launch, checked, packed_shape
-from pruner_torch.kernels_plain import Rows
+from pruner_torch.kernels_plain import PackedQuery, Rows
 
 driver: Any = importlib.import_module("cuda.bindings.driver")
 
@@ -30,25 +30,44 @@ def project(
     value: Float[Tensor, "B T 1 H"],
     place: int,
     num_heads: int,
-) -> Float[Tensor, "B S K H"]:
+) -> Float[Tensor, "B S K H"] | PackedQuery:
     """`kernels.project`."""
     (batch, length), (room, _, head_dim) = cos.shape[:2], key.shape[1:]
     _check_vectors(added, cos, sin)
-    for name, cache in (("key", key), ("value", value)):
-        if cache.stride()[1:] != (head_dim, head_dim, 1) or cache.stride(0) != room * head_dim:
-            raise ValueError(f"expected {name}s without gaps, got strides {list(cache.stride())}")
+    _check_adjacent(key, value)
+    packed = few_rows.attends(place + length, head_dim)
     # Of one sample they begin at its first token, so that all prefixes have one launch.
     if batch == 1:
         key, value, room, place = key[:, place:], value[:, place:], length, 0
-    query = key.new_empty(batch, length, num_heads, head_dim)
+    shape = batch, length, num_heads, head_dim
+    query = key.new_empty(few_rows.queries_shape(*shape) if packed else shape)
     rows, width = given.x.shape
     launch = few_rows.project(
-        rows, width, len(given.squares), num_heads, head_dim, length, room, place
+        rows, width, len(given.squares), num_heads, head_dim, length, room, place, packed
     )
     turns = cos.contiguous(), sin.contiguous()
     given_rows = given.scaled, given.squares
     _run(launch, *given_rows, kernel, added, None, *turns, query, key, value, None, None)
-    return query
+    return PackedQuery(query, length, num_heads) if packed else query
+
+
+def attend(
+    query: PackedQuery,
+    key: Float[Tensor, "B T 1 H"],
+    value: Float[Tensor, "B T 1 H"],
+    key_mask: Bool[Tensor, "B T"] | None,
+) -> Float[Tensor, "K*H/32 4 N 8"]:
+    """`kernels.attend`."""
+    batch, keys, _, head_dim = key.shape
+    length, heads = query.length, query.heads
+    _check_adjacent(key, value)
+    room = keys if batch == 1 else key.stride(0) // head_dim
+    out = key.new_empty(packed_shape(batch * length, heads * head_dim))
+    masked = key_mask is not None
+    launch = few_rows.attend(batch, length, heads, head_dim, keys, room, masked)
+    mask = key_mask.contiguous() if masked else None
+    _run(launch, query.packed, key, value, mask, out)
+    return out
 
 
 def gated(
@@ -81,6 +100,14 @@ def merge(
     return Rows(out, scaled, squares)
 
 
+def _check_adjacent(*caches: Float[Tensor, "B T 1 H"]) -> None:
+    for cache in caches:
+        head_dim = cache.shape[-1]
+        if cache.stride()[1:] != (head_dim, head_dim, 1) or cache.stride(0) % head_dim:
+            found = list(cache.stride())
+            raise ValueError(f"expected adjacent keys and values, got strides {found}")
+
+
 def _check_vectors(*vectors: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
     for vector in vectors:
         if vector is None or vector.dtype != dtype:
@@ -91,8 +118,8 @@ def _check_vectors(*vectors: Tensor | None, dtype: torch.dtype = torch.float32) 
 def _run(launch: Launch, *arguments: Tensor | None) -> None:
     """Launches on the current stream; None is a null pointer."""
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = few_rows.THREADS, 1, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
     config.sharedMemBytes = launch.shared
     config.hStream = torch.cuda.current_stream().cuda_stream
     overlapping = driver.CUlaunchAttribute()

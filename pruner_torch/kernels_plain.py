@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_kernels.few_rows import packed_shape
+from pruner_kernels.few_rows import packed_shape, queries_shape
 from pruner_torch import layers
 from pruner_torch.float8 import Quantized, multiply, quantize_rows
 from pruner_torch.gemma import RMS_EPSILON
@@ -33,6 +33,26 @@ class Rows:
     x: Float[Tensor, "R D"]
     scaled: Tensor
     squares: Float[Tensor, "P R"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedQuery:
+    """Queries as `attend` takes them beside packed rows: in tiles of (token, head) pairs.
+
+    Attributes:
+        packed: see `pack_query`.
+        length: tokens of a sample.
+        heads: K.
+    """
+
+    packed: Float[Tensor, "B tiles H/32 4 16 8"]
+    length: int
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, S, K, H]."""
+        return self.packed.shape[0], self.length, self.heads, 32 * self.packed.shape[2]
 
 
 def packs(rows: int, layer: Any, head_dim: int) -> bool:
@@ -59,6 +79,23 @@ def unpack(x: Tensor, rows: int) -> Float[Tensor, "R D"]:
 
 def is_packed(x: Tensor) -> bool:
     return x.ndim == 4
+
+
+def pack_query(query: Float[Tensor, "B S K H"]) -> PackedQuery:
+    """Each tile's (token, head) pairs as `pack` has rows."""
+    batch, length, heads, head_dim = query.shape
+    _, tiles, *_, tile, _ = queries_shape(*query.shape)
+    pairs = query.reshape(batch, length * heads, head_dim)
+    pairs = F.pad(pairs, (0, 0, 0, tiles * tile - length * heads))
+    packed = torch.stack([pack(each) for each in pairs.reshape(-1, tile, head_dim)])
+    return PackedQuery(packed.view(queries_shape(*query.shape)), length, heads)
+
+
+def unpack_query(query: PackedQuery) -> Float[Tensor, "B S K H"]:
+    batch, tiles, groups, _, tile, _ = query.packed.shape
+    each = [unpack(x, tile) for x in query.packed.flatten(0, 1)]
+    pairs = torch.stack(each).view(batch, tiles * tile, 32 * groups)
+    return pairs[:, : query.length * query.heads].reshape(batch, query.length, query.heads, -1)
 
 
 def product(
@@ -120,13 +157,14 @@ def merge(
 
 
 def attend(
-    query: Float[Tensor, "B S K H"],
+    query: Float[Tensor, "B S K H"] | PackedQuery,
     key: Float[Tensor, "B T 1 H"],
     value: Float[Tensor, "B T 1 H"],
     key_mask: Bool[Tensor, "B T"] | None,
     packed: bool = False,
 ) -> Tensor:
     """`kernels.attend`."""
+    query = unpack_query(query) if isinstance(query, PackedQuery) else query
     mask = None
     if key_mask is not None:
         mask = key_mask[:, None].expand(-1, query.shape[1], -1)
