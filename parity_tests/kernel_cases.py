@@ -246,18 +246,30 @@ def attend(numbers: Numbers) -> Iterator[Case]:
             weights /= weights.sum(-1, keepdims=True)
             expected = np.einsum("bskt,bth->bskh", weights, double(value[:, :, 0]))
             call = calling("attend", query, key, value, given)
-            expected = expected.reshape(batch * length, -1)
+            expected = expected.reshape(batch, length, -1)
             yield Case(f"{batch}x{length} of {keys}, {name}", "attend", call, expected)
+            if HEADS * HEAD_DIM % 32 == 0:
+                call = calling("attend", query, key, value, given, True)
+                yield Case(f"{batch}x{length} of {keys}, {name}, packed", "attend", call, expected)
 
 
 def embed_actions(numbers: Numbers) -> Iterator[Case]:
-    for batch, horizon, actions, width in ((1, 50, ACTION_DIM, WIDTH), (2, 3, 5, 37), (1, 1, 1, 8)):
+    for batch, horizon, actions, width in (
+        (1, 50, ACTION_DIM, WIDTH),
+        (2, 3, 5, 37),
+        (2, 3, 5, 64),
+        (1, 1, 1, 8),
+    ):
         noisy = numbers.actions(batch, horizon, actions)
         kernel, bias = numbers.table(actions, width), numbers.table(width)
         scale = numbers.table(width, mean=1.0)
         expected = double(noisy).reshape(-1, actions) @ double(kernel) + double(bias)
         call = calling("embed_actions", noisy, kernel, bias, scale, numbers.dtype)
         yield Case(f"{batch}x{horizon} x {actions}", "embed_actions", call, expected, scale)
+        if width % 32 == 0:
+            call = calling("embed_actions", noisy, kernel, bias, scale, numbers.dtype, True)
+            name = f"{batch}x{horizon} x {actions}, packed"
+            yield Case(name, "embed_actions", call, expected, scale)
 
 
 def euler_step(numbers: Numbers) -> Iterator[Case]:
@@ -332,12 +344,15 @@ def error(found: Tensor, expected: np.ndarray) -> dict[str, float]:
 def errors(result: Tensor | Rows, case: Case) -> dict[str, dict[str, float]]:
     """Of each part of a result; what stands beside x is held against that as it was found."""
     if isinstance(result, Tensor):
+        shape = case.expected.shape
+        if kernels_plain.is_packed(result) and len(shape) == 3:
+            result = kernels_plain.unpack(result, shape[0] * shape[1]).view(shape)
         return {"x": error(result, case.expected)}
     assert case.scale is not None
-    x = double(result.x)
+    x, scaled = double(result.x), kernels_plain.unpack(result.scaled, len(result.x))
     return {
         "x": error(result.x, case.expected),
-        "scaled": error(result.scaled, x * double(case.scale)),
+        "scaled": error(scaled, x * double(case.scale)),
         "squares": error(result.squares.sum(dim=0), np.square(x).sum(-1)),
     }
 

@@ -141,7 +141,7 @@ def test_what_fits_is_taken():
     query, _, _ = project()
     assert query.shape == (2, 3, 1, 4)
     assert kernels.merge(X, KERNEL, X[:, :6], None, ROW[:6]).x.shape == (3, 6)
-    assert kernels.attend(*ATTEND, None).shape == (3, 8)
+    assert kernels.attend(*ATTEND, None).shape == (1, 3, 8)
     assert kernels.euler_step(*EULER).shape == (1, 3, 6)
 
 

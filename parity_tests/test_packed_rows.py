@@ -1,38 +1,32 @@
-"""Packed rows: how they lie, and the products that take them on Hopper."""
+"""Packed rows: how they lie, and what takes them on Hopper, held against float64."""
 
-import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parity_tests import packed_cases
+torch = pytest.importorskip("torch")
+
 from parity_tests.harness import BACKENDS, DEVICE, error
-from parity_tests.packed_cases import STEP, Case
 from parity_tests.tolerances import tolerance
 from pruner_kernels import few_rows
+from pruner_torch import kernels, kernels_plain
+from pruner_torch.deployed import ExpertLayer
+from pruner_torch.kernels_plain import PackedQuery, Rows
 
-EXPERT = {"width": 1024, "mlp": 4096, "heads": 8, "groups": 1, "head_dim": 256}
+if "torch" not in BACKENDS:
+    pytest.skip("without torch", allow_module_level=True)
 
-
-def modules(backend: str) -> Any:
-    """`kernels` and `kernels_plain`."""
-    if backend == "torch":
-        from pruner_torch import kernels, kernels_plain
-    else:
-        from pruner_jax import kernels, kernels_plain
-    return kernels, kernels_plain
-
-
-def on_hopper() -> bool:
-    if DEVICE != "cuda" or not few_rows.available():
-        return False
-    import torch
-
-    return torch.cuda.get_device_capability() == few_rows.CAPABILITY
-
-
-needs_hopper = pytest.mark.skipif(not on_hopper(), reason="needs a Hopper GPU")
+WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256  # of π0.5's action expert
+EXPERT = {"width": WIDTH, "mlp": MLP, "heads": HEADS, "groups": 1, "head_dim": HEAD_DIM}
+HOPPER = (
+    DEVICE == "cuda"
+    and torch.cuda.get_device_capability() == few_rows.CAPABILITY
+    and few_rows.available()
+)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 needs_nvrtc = pytest.mark.skipif(not few_rows.available(), reason="NVRTC is not installed")
 
 
@@ -41,36 +35,29 @@ def place(row: int, k: int) -> tuple[int, int, int, int]:
     return k // 32, k % 8 // 2, row, k % 32 // 8 * 2 + k % 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("count", [1, 5, 8, 50])
-def test_rows_are_packed_as_the_kernels_read_them(backend, count):
-    _, plain = modules(backend)
-    x = np.random.default_rng(7).standard_normal((count, 96)).astype(np.float32)
-    found = plain.pack(BACKENDS[backend].array(x))
-    assert tuple(found.shape) == few_rows.packed_shape(count, 96)
-    packed = BACKENDS[backend].numpy(found)
-    for row in range(count):
-        for k in range(96):
-            assert packed[place(row, k)] == x[row, k]
-    assert np.array_equal(BACKENDS[backend].numpy(plain.unpack(found, count)), x)
+def test_rows_are_packed_as_the_kernels_read_them(count):
+    x = torch.randn(count, 96)
+    packed = kernels_plain.pack(x)
+    assert packed.shape == few_rows.packed_shape(count, 96)
+    for row, k in itertools.product(range(count), range(96)):
+        assert packed[place(row, k)] == x[row, k]
+    assert torch.equal(kernels_plain.unpack(packed, count), x)
     assert not packed[:, :, count:].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_queries_are_packed_in_tiles(backend):
+def test_queries_are_packed_in_tiles():
     """Of (token, head) pairs, each as rows are."""
-    _, plain = modules(backend)
     batch, length, heads, head_dim = shape = (2, 5, 4, 64)
-    x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
-    query = plain.pack_query(BACKENDS[backend].array(x))
+    x = torch.randn(shape)
+    query = kernels_plain.pack_query(x)
     assert query.shape == shape
-    assert tuple(query.packed.shape) == few_rows.queries_shape(*shape)
-    packed, pairs = BACKENDS[backend].numpy(query.packed), x.reshape(batch, -1, head_dim)
-    for pair in range(length * heads):
-        for k in range(head_dim):
-            at = place(pair % few_rows.QUERIES, k)
-            assert np.array_equal(packed[:, pair // few_rows.QUERIES, *at], pairs[:, pair, k])
-    assert np.array_equal(BACKENDS[backend].numpy(plain.unpack_query(query)), x)
+    assert query.packed.shape == few_rows.queries_shape(*shape)
+    pairs = x.view(batch, -1, head_dim)
+    for pair, k in itertools.product(range(length * heads), range(head_dim)):
+        tile, row = divmod(pair, few_rows.QUERIES)
+        assert torch.equal(query.packed[(slice(None), tile, *place(row, k))], pairs[:, pair, k])
+    assert torch.equal(kernels_plain.unpack_query(query), x)
 
 
 @pytest.mark.parametrize(
@@ -96,140 +83,172 @@ def test_where_it_applies(change, applies):
 
 
 def launches(rows: int, width: int, mlp: int, heads: int, head_dim: int) -> list[few_rows.Launch]:
-    return [
+    most, parts = few_rows.MAX_KEYS, width // 64
+    given = [
         few_rows.project(rows, width, 1, heads, head_dim, rows, rows + 9, 9, True),
-        few_rows.project(rows, width, width // 64, heads, head_dim, rows, rows, 0, False),
-        few_rows.gated(rows, width, width // 64, mlp),
+        few_rows.project(rows, width, parts, heads, head_dim, rows, rows, 0, False),
+        few_rows.gated(rows, width, parts, mlp),
         few_rows.merge(rows, heads * head_dim, width),
         few_rows.merge(rows, mlp, width),
-        few_rows.attend(1, rows, heads, head_dim, rows + 9, rows + 9, True),
-        few_rows.attend(1, rows, heads, head_dim, few_rows.MAX_KEYS, few_rows.MAX_KEYS, False),
     ]
+    if few_rows.attends(most, head_dim):
+        given.append(few_rows.attend(1, rows, heads, head_dim, rows + 9, rows + 9, True))
+        given.append(few_rows.attend(1, rows, heads, head_dim, most, most, False))
+    return given
 
 
 @needs_nvrtc
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["ptx", "cubin"])
 @pytest.mark.parametrize(
-    "sizes", [(50, 1024, 4096, 8, 256), (64, 1024, 4096, 8, 256), (1, 128, 512, 8, 64)]
+    "sizes",
+    [(50, WIDTH, MLP, HEADS, HEAD_DIM), (64, WIDTH, MLP, HEADS, HEAD_DIM), (1, 128, 512, 8, 64)],
 )
-def test_launches_compile(sizes, form):
+def test_launches_compile(sizes):
     """With the shared memory that is said, which the compiler holds against what is used."""
     for launch in launches(*sizes):
-        name, code = few_rows.compiled(launch, form, form == "ptx", few_rows.AMONG)
+        name, code = few_rows.compiled(launch)
         assert name.encode() in code
         assert launch.shared <= few_rows.HOPPER
 
 
 @needs_nvrtc
 def test_what_does_not_compile_is_said():
-    launch = few_rows.Launch("gated<1024, 16, 4096>", (), 50, (1, 1, 1), 16)
+    launch = few_rows.Launch("gated<1024, 16, 4096>", 50, (1, 1, 1), 16)
     with pytest.raises(RuntimeError, match=r"gated<1024, 16, 4096> does not compile.*static"):
-        few_rows.compiled(launch, "ptx", False, few_rows.AHEAD)
+        few_rows.compiled(launch)
 
 
-def result(backend: str, case: Case, packed: bool, wide: bool, plain: bool) -> list[np.ndarray]:
-    """What a function gives: rows as they are, keys and values as they were left."""
-    kernels, kernels_plain = modules(backend)
-    array = functools.partial(_array, backend, wide)
-    if case.function == "attend":
-        return _attended(backend, case, packed, array, kernels_plain if plain else kernels)
-    pack = kernels_plain.pack if packed else lambda x: x
-    x, kernel = pack(array(case.rows["scaled"])), array(case.kernel).T
-    vectors = [_vector(backend, array(each, narrow=False)) for each in case.vectors]
-    others: list[Any] = list(case.others)
-    if case.function == "merge":
-        vectors[0] = _vector(backend, array(case.vectors[0]))  # a gate is in the model's dtype
-        residual = array(case.rows["residual"])
-        arguments = (x, kernel, residual, *vectors)
+def normal(draw: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(draw.standard_normal(shape)).to(DEVICE, dtype)
+
+
+def cases(dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, Any, Any]]:
+    """Names, functions of `kernels`, and their arguments, rows not packed yet.
+
+    Numbers of rows that are whole tiles of 8 and that are not, in one sample and in several.
+    """
+    for batch, length in sizes:
+        draw, count = np.random.default_rng(7), batch * length
+
+        def small(*shape: int, dtype: torch.dtype = dtype, draw: Any = draw) -> torch.Tensor:
+            return normal(draw, *shape, dtype=dtype)
+
+        def wide(*shape: int, small: Any = small) -> torch.Tensor:
+            return small(*shape, dtype=torch.float32)
+
+        def kernel(inputs: int, outputs: int, small: Any = small) -> torch.Tensor:
+            return (small(outputs, inputs) * inputs**-0.5).T
+
+        room, at = length + 7, 3
+        caches = [small(batch, room, 1, HEAD_DIM) for _ in "kv"]
+        angle, name = wide(batch, length, HEAD_DIM // 2), f"{batch} x {length}"
+        for parts in (1, 16):
+            squares = WIDTH / parts * (0.5 + wide(parts, count).square())
+            rows = Rows(small(count, WIDTH), small(count, WIDTH), squares)
+            outputs = (HEADS + 2) * HEAD_DIM
+            around = (angle.cos(), angle.sin(), *caches, at, HEADS)
+            given = (rows, kernel(WIDTH, outputs), wide(outputs), *around)
+            yield f"project {name}, {parts} parts", "project", given
+            given = (rows, kernel(WIDTH, 2 * MLP), wide(2 * MLP))
+            yield f"gated {name}, {parts} parts", "gated", given
+        for inputs in (HEADS * HEAD_DIM, MLP):
+            vectors = small(WIDTH), 1 + wide(WIDTH)
+            x, residual = small(count, inputs), small(count, WIDTH)
+            given = (x, kernel(inputs, WIDTH), residual, *vectors)
+            yield f"merge {name} of {inputs}", "merge", given
+        for keys in (length + 7, 178, 306):
+            query = 2 * HEAD_DIM**-0.5 * small(batch, length, HEADS, HEAD_DIM)
+            past = [small(batch, keys, 1, HEAD_DIM) for _ in "kv"]
+            mask = wide(batch, keys) < 0.3
+            mask[1:2] = False  # of several samples the second has no key at all
+            for masked in (None, mask):
+                kind = "all" if masked is None else "masked"
+                yield f"attend {name} of {keys}, {kind}", "attend", (query, *past, masked)
+
+
+def packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same, the first packed; and of attention, that it is to be."""
+    first, *others = arguments
+    if isinstance(first, Rows):
+        first = Rows(first.x, kernels_plain.pack(first.scaled), first.squares)
+    elif first.ndim == 4:
+        return kernels_plain.pack_query(first), *others, True
     else:
-        others[:2] = [array(each, narrow=False) for each in others[:2]]
-        others[2:4] = [array(each) for each in others[2:4]]
-        count = len(case.rows["scaled"])
-        empty = array(np.zeros((count, case.kernel.shape[1])))
-        rows = kernels_plain.Rows(empty, x, array(case.rows["squares"], narrow=False))
-        arguments = (rows, kernel, *vectors, *others)
-    call = functools.partial(getattr(kernels_plain if plain else kernels, case.function))
-    if backend == "jax":
-        import jax
+        first = kernels_plain.pack(first)
+    return first, *others
 
-        numbers = len(arguments) - 2 if case.function == "project" else len(arguments)
-        fixed = arguments[numbers:]
-        found = jax.jit(lambda *arrays: call(*arrays, *fixed))(*arguments[:numbers])
+
+def computed(module: Any, function: str, arguments: tuple[Any, ...]) -> list[np.ndarray]:
+    """What a function gives, of rows as they are; keys and values that are given remain."""
+    copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments]
+    found = getattr(module, function)(*copies)
+    first = arguments[0]
+    count = len(first.x) if isinstance(first, Rows) else first.shape[0] * first.shape[1]
+    if isinstance(found, Rows):
+        found = [found.x, kernels_plain.unpack(found.scaled, len(found.x)), found.squares.sum(0)]
+    elif function == "project":
+        query, *caches = found
+        query = kernels_plain.unpack_query(query) if isinstance(query, PackedQuery) else query
+        found = [query, *caches]
     else:
-        found = call(*arguments)
-    if hasattr(found, "squares"):
-        scaled = kernels_plain.unpack(found.scaled, len(found.x))
-        found = (found.x, scaled, found.squares.sum(0))
-    elif case.function == "project" and isinstance(found[0], kernels_plain.PackedQuery):
-        found = (kernels_plain.unpack_query(found[0]), *found[1:])
-    elif case.function == "gated":
-        found = (kernels_plain.unpack(found, len(case.rows["scaled"])),)
-    return [BACKENDS[backend].numpy(each) for each in found]
+        rows = kernels_plain.unpack(found, count)
+        found = [rows.reshape(count, -1)]
+    return [BACKENDS["torch"].numpy(each) for each in found]
 
 
-def _attended(backend: str, case: Case, packed: bool, array: Any, module: Any) -> list[np.ndarray]:
-    _, plain = modules(backend)
-    *caches, mask = case.others
-    query, key, value = (array(each) for each in (case.rows["query"], *caches))
-    mask = None if mask is None else BACKENDS[backend].array(mask)
-    count = query.shape[0] * query.shape[1]
-    found = module.attend(plain.pack_query(query) if packed else query, key, value, mask, packed)
-    return [BACKENDS[backend].numpy(plain.unpack(found, count))]
+def in_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def exact(each: Any) -> Any:
+        if isinstance(each, Rows):
+            return Rows(*(exact(x) for x in (each.x, each.scaled, each.squares)))
+        floating = isinstance(each, torch.Tensor) and each.is_floating_point()
+        return each.double() if floating else each
+
+    return tuple(map(exact, arguments))
 
 
-def _array(backend: str, wide: bool, values: np.ndarray, narrow: bool = True) -> Any:
-    """In bfloat16 or float32; with `wide`, the same numbers in float64."""
-    import ml_dtypes
-
-    values = values.astype(ml_dtypes.bfloat16 if narrow else np.float32)
-    values = values.astype(np.float64) if wide else values
-    if backend == "jax":
-        import jax.numpy as jnp
-
-        return jnp.asarray(values)
-    import torch
-
-    if values.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(values.astype(np.float32)).to(DEVICE, torch.bfloat16)
-    return torch.from_numpy(values).to(DEVICE)
+@pytest.mark.parametrize(
+    ("name", "function", "arguments"), list(cases(torch.float32, ((2, 5),))), ids=lambda each: ""
+)
+def test_without_such_a_gpu_packed_rows_give_the_same(name, function, arguments):
+    """By a library's products, which `kernels` has for float32."""
+    expected = computed(kernels_plain, function, arguments)
+    for module in (kernels, kernels_plain):
+        if module is kernels and HOPPER:
+            continue
+        for found, exact in zip(
+            computed(module, function, packed(arguments)), expected, strict=True
+        ):
+            assert np.array_equal(found, exact), name
 
 
-def _vector(backend: str, table: Any) -> Any:
-    if backend == "torch":
-        return table[STEP]
-    import jax.numpy as jnp
-
-    from pruner_jax.tables import TableRow
-
-    return TableRow(table, jnp.int32(STEP))
-
-
-# One sample's products, and attention.
-SOME = [*list(packed_cases.cases())[:4], *list(packed_cases.cases())[-4:]]
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="XLA's fusions round as they please on a GPU")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
-def test_without_such_a_gpu_packed_rows_give_the_same(backend, case):
-    dense, packed = (result(backend, case, packed, False, True) for packed in (False, True))
-    for found, expected in zip(packed, dense, strict=True):
-        assert np.array_equal(found, expected)
+SIZES = ((1, 1), (1, 10), (1, 33), (1, 50), (2, 20), (4, 16))
 
 
 @needs_hopper
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", list(packed_cases.cases()), ids=lambda case: case.name)
-def test_a_product_of_packed_rows(backend, case):
-    """Twice with the same bits."""
-    first, again = (result(backend, case, True, False, False) for _ in range(2))
-    for found, expected in zip(first, _expected(case), strict=True):
-        assert error(found, expected) <= tolerance("kernel", "bfloat16")
-    for found, expected in zip(again, first, strict=True):
-        assert np.array_equal(found, expected)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_takes_packed_rows(size):
+    """In bfloat16 against float64; twice with the same bits."""
+    for name, function, arguments in cases(torch.bfloat16, (size,)):
+        expected = computed(kernels_plain, function, in_float64(arguments))
+        given = packed(arguments)
+        first, again = (computed(kernels, function, given) for _ in range(2))
+        for found, other, exact in zip(first, again, expected, strict=True):
+            assert error(found, exact) <= tolerance("kernel", "bfloat16"), name
+            assert np.array_equal(found, other), name
 
 
-def _expected(case: Case) -> list[np.ndarray]:
-    """In float64, in PyTorch; of what is scaled, by what x was rounded to is not known here."""
-    return result("torch", case, False, True, True)
+@needs_hopper
+@pytest.mark.parametrize("change", ["", "dtype", "inputs first", "no such GPU"])
+def test_who_packs(change):
+    """An expert's layers whose kernels lie outputs first, in bfloat16."""
+    shapes = [(WIDTH, (HEADS + 2) * HEAD_DIM), (HEADS * HEAD_DIM, WIDTH)]
+    shapes += [(WIDTH, 2 * MLP), (MLP, WIDTH)]
+    kind = {"dtype": torch.float32}.get(change, torch.bfloat16)
+    there = "cpu" if change == "no such GPU" else DEVICE
+    made = [torch.zeros(outputs, inputs, dtype=kind, device=there).T for inputs, outputs in shapes]
+    if change == "inputs first":
+        made[2] = made[2].contiguous()
+    qkv, out, gate_up, down = made
+    layer = ExpertLayer(None, qkv, out, None, gate_up, down)
+    assert kernels.packs(50, layer, HEAD_DIM) == (change == "")
+    assert not kernels_plain.packs(50, layer, HEAD_DIM)

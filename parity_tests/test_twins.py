@@ -15,17 +15,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 
 # The drop-in for users of openpi's PyTorch model, of which there is only one; CUDA graphs, which
-# XLA captures by itself; checks of strides, which JAX's arrays have not; and kernels that XLA has.
+# XLA captures by itself; checks of strides, which JAX's arrays have not; kernels that XLA has; and
+# those whose launches overlap, as XLA's do not.
 FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py"} | {
-    f"kernels_{part}.py" for part in ("checks", "pruner")
+    f"kernels_{part}.py" for part in ("checks", "packed", "pruner")
 }
 FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py"} | {
     f"kernels_{part}.py" for part in ("pointwise", "tables")
 }
 # Of one outline as far as they go, but for what they are told of a schedule's step and of strides.
-FILES_OF_EACH = {"kernels.py"} | {
-    f"kernels_{part}.py" for part in ("launch", "packed", "plain", "vision")
-}
+FILES_OF_EACH = {"kernels.py"} | {f"kernels_{part}.py" for part in ("launch", "plain", "vision")}
 # A framework's own; one twin may have them where the other has not.
 # JAX compiles a whole step; PyTorch compiles layers, if it is asked to, or has Triton's kernels.
 FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations"}

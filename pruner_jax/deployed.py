@@ -108,12 +108,6 @@ class ExpertLayer:
     gate_up: Float[Array, "D 2*F"]
     down: Float[Array, "F D"]
 
-    @property
-    def inputs_first(self) -> "ExpertLayer":
-        """One of the action expert, as what computes takes it; nothing moves."""
-        names = ("qkv", "out", "gate_up", "down")
-        return dataclasses.replace(self, **{name: getattr(self, name).T for name in names})
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

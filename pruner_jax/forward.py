@@ -249,9 +249,7 @@ def _suffix_rows(
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
         assert action_in.bias is not None
         bias = value_of(action_in.bias)
-        layer, head_dim = weights.action[0].inputs_first, model.config.paligemma.head_dim
-        packed = bool(schedule.attention) and operations.packs(len(x) * x.shape[1], layer, head_dim)
-        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype, packed)
+        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype)
     assert token is not None
     tokens = apply_affine(apply_affine(x, action_in), weights.time_in) + schedule.time[step]
     tokens = jnp.concatenate([token, apply_affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
@@ -277,7 +275,7 @@ def _prefix_layer(
     heads = len(layer.out) // empty.shape[-1]
     qkv = operations.product(rows.scaled, layer.qkv)
     query, key, value = operations.rotate(qkv, rows, None, *_tables(angles), empty, empty, 0, heads)
-    attended = _attend(query, key, value, valid[:, None], False, operations)
+    attended = _attend(query, key, value, valid[:, None], operations).reshape(len(rows.x), -1)
     out = operations.product(attended, layer.out)
     rows = operations.add_scaled(rows.x, out, None, norms.mlp_scale)
     gated = operations.gelu_product(operations.product(rows.scaled, layer.gate_up), rows, None)
@@ -297,13 +295,12 @@ def _suffix_layer(
     operations: ModuleType,
 ) -> tuple[Rows, Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]]:
     """A layer of the action expert; its keys and values are those in `past` from `place` on."""
-    layer = layer.inputs_first
+    layer = _inputs_first(layer)
     heads = len(layer.out) // past[0].shape[-1]
     query, key, value = operations.project(
         rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
     )
-    packed = kernels_plain.is_packed(rows.scaled)
-    attended = _attend(query, key, value, mask, packed, operations)
+    attended = _attend(query, key, value, mask, operations).reshape(len(rows.x), -1)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
     gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
     rows = operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
@@ -321,6 +318,12 @@ def _project_keys(
     outputs = 2 * empty.shape[2] * empty.shape[3]
     qkv = operations.product(rows.scaled, layer.qkv[:, -outputs:])
     return operations.rotate(qkv, rows, None, *_tables(angles), empty, empty, 0, 0)[1:]
+
+
+def _inputs_first(layer: ExpertLayer) -> ExpertLayer:
+    """A layer of the action expert as the operations are given it; nothing moves."""
+    names = ("qkv", "out", "gate_up", "down")
+    return dataclasses.replace(layer, **{name: getattr(layer, name).T for name in names})
 
 
 def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S half"]]:
@@ -343,14 +346,11 @@ def _attend(
     key: Float[Array, "B T G head_dim"],
     value: Float[Array, "B T G head_dim"],
     mask: Bool[Array, "B _ _"],
-    packed: bool,
     operations: ModuleType,
-) -> Array:
-    """Softmax attention of queries that are scaled already, to as many keys as the mask has:
-    [B * S, K * head_dim], or packed."""
+) -> Float[Array, "B S K*head_dim"]:
+    """Softmax attention of queries that are scaled already, to as many keys as the mask has."""
     if key.shape[2] == 1 and mask.shape[1] == 1:
-        return operations.attend(query, key, value, mask[:, 0], packed)
+        return operations.attend(query, key, value, mask[:, 0])
     keys = mask.shape[2]
     everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], keys))
-    out = attend(query, key[:, :keys], value[:, :keys], everyone)
-    return out.reshape(-1, out.shape[-1])
+    return attend(query, key[:, :keys], value[:, :keys], everyone)

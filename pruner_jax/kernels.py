@@ -22,7 +22,6 @@ In a vision block N are patches.
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +30,9 @@ from jaxtyping import Array, Bool, Float
 from pruner_jax import kernels_plain as plain
 from pruner_jax import triton_call
 from pruner_jax.float8 import Quantized
-from pruner_jax.kernels_plain import MAX_ROWS, PackedQuery, Rows
+from pruner_jax.kernels_plain import MAX_ROWS, Rows
 from pruner_jax.tables import TableRow
-from pruner_kernels import few_rows
 
-if TYPE_CHECKING:
-    from pruner_jax.deployed import ExpertLayer
-
-HOPPER = 90  # a capability
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -53,36 +47,10 @@ def _launch() -> ModuleType:
     return kernels_launch
 
 
-def _packed() -> ModuleType:
-    from pruner_jax import kernels_packed
-
-    return kernels_packed
-
-
 def _vision() -> ModuleType:
     from pruner_jax import kernels_vision
 
     return kernels_vision
-
-
-def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
-    """Whether a layer's products are the fastest of packed rows, as `embed_actions` and `attend`
-    write them where they are told to; from there on they remain packed.
-
-    A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert; what an adaptive
-    norm adds and gates, as rows of tables.
-
-    Args:
-        rows: tokens of all samples.
-        layer: its kernels, inputs first.
-        head_dim: of its heads.
-    """
-    if not available(layer.qkv) or triton_call.capability() != HOPPER:
-        return False
-    heads, mlp = len(layer.out) // head_dim, len(layer.down)
-    groups = (layer.qkv.shape[1] // head_dim - heads) // 2
-    sizes = rows, len(layer.qkv), mlp, heads, groups, head_dim, 8 * layer.qkv.dtype.itemsize
-    return few_rows.applies(*sizes) and few_rows.available()
 
 
 def _pointwise() -> ModuleType:
@@ -196,37 +164,29 @@ def project(
         queries, `key`, `value`; the last two in place, where nobody reads what they were before.
     """
     fits = _is_of_few(rows.x) and num_heads > 0 and key.shape[-1] % 32 == 0
-    arguments = rows, kernel, added, cos, sin, key, value, place, num_heads
-    if plain.is_packed(rows.scaled):
-        return (_packed() if available(rows.x) else plain).project(*arguments)
     if fits:
-        return _launch().project(*arguments)
+        return _launch().project(rows, kernel, added, cos, sin, key, value, place, num_heads)
     qkv = product(rows.scaled, kernel)
     return rotate(qkv, rows, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
     rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
-) -> Array:
+) -> Float[Array, "R F"]:
     """A norm, gate and up in one product, gelu(gate) * up; GELU in its tanh approximation.
 
     Args:
         rows: as in `project`.
         gate_up: the gate first.
         added: as in `project`.
-
-    Returns:
-        [R, F], packed if the rows are.
     """
-    if plain.is_packed(rows.scaled):
-        return (_packed() if available(rows.x) else plain).gated(rows, gate_up, added)
     if _is_of_few(rows.x):
         return _launch().gated(rows, gate_up, added)
     return gelu_product(product(rows.scaled, gate_up), rows, added)
 
 
 def merge(
-    x: Array,
+    x: Float[Array, "R F"],
     kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
@@ -235,26 +195,23 @@ def merge(
     """residual + (x · kernel) * gate, rounded once, as the norm that follows takes it.
 
     Args:
-        x: [R, F]; or packed, as what is scaled then is, too.
+        x: of R tokens.
         kernel: of x's dtype.
         residual: like the result.
         gate: of any dtype; None for 1.
         scale: of the norm that follows, as in `scale_rows`.
     """
-    if plain.is_packed(x):
-        return (_packed() if available(x) else plain).merge(x, kernel, residual, gate, scale)
     if _is_of_few(x):
         return _launch().merge(x, kernel, residual, gate, scale)
     return add_scaled(residual, product(x, kernel), gate, scale)
 
 
 def attend(
-    query: Float[Array, "B S K H"] | PackedQuery,
+    query: Float[Array, "B S K H"],
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
-    packed: bool = False,
-) -> Array:
+) -> Float[Array, "B S K*H"]:
     """Softmax attention of queries that are scaled already, all heads to the same keys.
 
     Args:
@@ -262,15 +219,9 @@ def attend(
         key, value: values of masked keys are to be finite: they are multiplied by 0.
         key_mask: False for keys that nobody attends to; where all are, values are averaged. Keys
             past its end are not there. None for all T.
-        packed: how the result is written; True for packed queries.
-
-    Returns:
-        [B * S, K * H], or packed.
     """
-    if isinstance(query, PackedQuery) and available(key):
-        return _packed().attend(query, key, value, key_mask)
-    call = _launch().attend if available(key) else plain.attend
-    return call(query, key, value, key_mask, packed)
+    call = _launch().attend if available(query) else plain.attend
+    return call(query, key, value, key_mask)
 
 
 def embed_actions(
@@ -279,7 +230,6 @@ def embed_actions(
     bias: Float[Array, "E"],
     scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
-    packed: bool = False,
 ) -> Rows:
     """Tokens of noisy actions, as the first norm takes them; `wide` until they are written.
 
@@ -287,12 +237,10 @@ def embed_actions(
         noisy, kernel, bias: in `wide` precision.
         scale: as in `scale_rows`.
         dtype: of the tokens.
-        packed: how what is scaled is written.
     """
     if not available(noisy):
-        return plain.embed_actions(noisy, kernel, bias, scale, dtype, packed)
-    rows = noisy.reshape(-1, len(kernel))
-    return _launch().embed_actions(rows, kernel, bias, scale, dtype, packed)
+        return plain.embed_actions(noisy, kernel, bias, scale, dtype)
+    return _launch().embed_actions(noisy.reshape(-1, len(kernel)), kernel, bias, scale, dtype)
 
 
 def euler_step(

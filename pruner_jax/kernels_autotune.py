@@ -60,39 +60,26 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
     def merge(inputs: Array, stored: Array) -> Rows:
         return kernels.merge(inputs, stored.T, x, scale, scale)
 
-    def tune_products() -> None:
-        tune(
-            "merge", first.out, lambda layers, y: [merge(y, each.out) for each in layers], attended
-        )
-        tune(
-            "merge",
-            first.down,
-            lambda layers, y: [merge(y, each.down) for each in layers],
-            activated,
-        )
-        given = Rows(x, x, _squares(x, activated, shared))
+    tune("merge", first.out, lambda layers, y: [merge(y, each.out) for each in layers], attended)
+    tune("merge", first.down, lambda layers, y: [merge(y, each.down) for each in layers], activated)
+    given = Rows(x, x, _squares(x, activated, shared))
 
-        def project(layers: Any, given: Any, key: Array, value: Array) -> list[Any]:
-            queries = []
-            for each in layers:
-                turned = (added, angles, angles, key, value, 0, heads)
-                query, key, value = kernels.project(given, each.qkv.T, *turned)
-                queries.append(query)
-            return [*queries, key, value]
+    def project(layers: Any, given: Any, key: Array, value: Array) -> list[Any]:
+        queries = []
+        for each in layers:
+            turned = (added, angles, angles, key, value, 0, heads)
+            query, key, value = kernels.project(given, each.qkv.T, *turned)
+            queries.append(query)
+        return [*queries, key, value]
 
-        if head_dim % 32 == 0:  # else a library multiplies
-            tune("project", first.qkv, project, given, cache, cache)
-        tune(
-            "gated",
-            first.gate_up,
-            lambda layers, given: [
-                kernels.gated(given, each.gate_up.T, added_up) for each in layers
-            ],
-            given,
-        )
-
-    if not kernels.packs(rows, first.inputs_first, head_dim):
-        tune_products()
+    if head_dim % 32 == 0:  # else a library multiplies
+        tune("project", first.qkv, project, given, cache, cache)
+    tune(
+        "gated",
+        first.gate_up,
+        lambda layers, given: [kernels.gated(given, each.gate_up.T, added_up) for each in layers],
+        given,
+    )
     if keys is None:
         return
 

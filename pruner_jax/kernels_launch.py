@@ -19,7 +19,6 @@ from pruner_jax.kernels_plain import Rows
 from pruner_jax.tables import TableRow
 from pruner_jax.triton_call import capability, triton_call
 from pruner_kernels import attention
-from pruner_kernels.few_rows import packed_shape
 from pruner_kernels.tiles import (
     COUNTERS,
     HOPPER,
@@ -141,8 +140,7 @@ def attend(
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
-    packed: bool = False,
-) -> Array:
+) -> Float[Array, "B S K*H"]:
     """`kernels.attend`."""
     (batch, length, heads, head_dim), room = query.shape, key.shape[1]
     keys = room if key_mask is None else key_mask.shape[1]
@@ -153,8 +151,6 @@ def attend(
     width, blocks = max(power_of_two(head_dim), 16), cdiv(rows, tiles.rows)
     shared = batch * blocks * parts * tiles.rows
     is_shared = parts > 1
-    dense = batch * length, heads * head_dim
-    shape = packed_shape(*dense) if packed else dense
     out, *_ = triton_call(
         attention.attend,
         {
@@ -162,7 +158,7 @@ def attend(
             "key": key,
             "value": value,
             "mask": key_mask,
-            "out": jax.ShapeDtypeStruct(shape, query.dtype),
+            "out": jax.ShapeDtypeStruct((batch, length, heads * head_dim), query.dtype),
             "tops": _floats(shared) if is_shared else None,
             "sums": _floats(shared) if is_shared else None,
             "totals": _floats(shared * width) if is_shared else None,
@@ -186,7 +182,7 @@ def attend(
             "KEYS": tiles.keys,
             "WIDTH": width,
             "PARTS": parts,
-            "PACKED": packed_shape(*dense)[2] if packed else 0,
+            "PACKED": 0,
         },
         grid=(blocks, parts, batch),
         num_warps=tiles.warps,
@@ -201,11 +197,9 @@ def embed_actions(
     bias: Float[Array, "E"],
     scale: Vector,
     dtype: jnp.dtype,
-    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
     rows, (actions, width) = len(noisy), kernel.shape
-    shape = packed_shape(rows, width) if packed else (rows, width)
     table, stride = _table(scale)
     x, scaled, squares = triton_call(
         tables.embed_actions,
@@ -216,14 +210,13 @@ def embed_actions(
             "scale": table,
             "step": _step(scale),
             "out": jax.ShapeDtypeStruct((rows, width), dtype),
-            "scaled": jax.ShapeDtypeStruct(shape, dtype),
+            "scaled": jax.ShapeDtypeStruct((rows, width), dtype),
             "squares": _floats(1, rows),
             "SCALE_STRIDE": stride,
             "WIDTH": width,
             "ACTIONS": actions,
             "ACTIONS_BLOCK": power_of_two(actions),
             "BLOCK": power_of_two(width),
-            "PACKED": packed_shape(rows, width)[2] if packed else 0,
         },
         grid=(rows,),
         num_warps=8,

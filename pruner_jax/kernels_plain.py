@@ -4,8 +4,6 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from pruner_jax import layers
 from pruner_jax.float8 import Quantized, multiply, quantize_rows
 from pruner_jax.gemma import RMS_EPSILON
 from pruner_jax.tables import TableRow, value_of
-from pruner_kernels.few_rows import packed_shape, queries_shape
 
 MAX_ROWS = 128  # above, a product bound by memory would write twice the bytes in `wide` precision
 
@@ -30,79 +27,13 @@ class Rows:
 
     Attributes:
         x: of R tokens.
-        scaled: x times the norm's scale, for some products packed, [D/32, 4, N, 8]: see `pack`.
+        scaled: x times the norm's scale.
         squares: the sum of each row's squares, in P parts; in `wide` precision.
     """
 
     x: Float[Array, "R D"]
-    scaled: Array
+    scaled: Float[Array, "R D"]
     squares: Float[Array, "P R"]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["length", "heads"]
-)
-@dataclasses.dataclass(frozen=True)
-class PackedQuery:
-    """Queries as `attend` takes them beside packed rows: in tiles of (token, head) pairs.
-
-    Attributes:
-        packed: see `pack_query`.
-        length: tokens of a sample.
-        heads: K.
-    """
-
-    packed: Float[Array, "B tiles H/32 4 16 8"]
-    length: int
-    heads: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """[B, S, K, H]."""
-        return self.packed.shape[0], self.length, self.heads, 32 * self.packed.shape[2]
-
-
-def packs(rows: int, layer: Any, head_dim: int) -> bool:
-    """`kernels.packs`: XLA takes rows as they are."""
-    return False
-
-
-def pack(x: Float[Array, "R D"]) -> Float[Array, "D/32 4 N 8"]:
-    """Rows as `pruner_kernels/few_rows.cu` reads them; the R up to a multiple of 8 are N."""
-    rows, width = x.shape
-    groups, _, count, _ = packed_shape(rows, width)
-    padded = jnp.pad(x, ((0, count - rows), (0, 0))).reshape(count, groups, 4, 4, 2)
-    return padded.transpose(1, 3, 0, 2, 4).reshape(groups, 4, count, 8)
-
-
-def unpack(x: Array, rows: int) -> Float[Array, "R D"]:
-    """The R rows, whether they are packed or not."""
-    if not is_packed(x):
-        return x
-    groups, _, count, _ = x.shape
-    apart = x.reshape(groups, 4, count, 4, 2).transpose(2, 0, 3, 1, 4)
-    return apart.reshape(count, groups * 32)[:rows]
-
-
-def is_packed(x: Array) -> bool:
-    return x.ndim == 4
-
-
-def pack_query(query: Float[Array, "B S K H"]) -> PackedQuery:
-    """Each tile's (token, head) pairs as `pack` has rows."""
-    batch, length, heads, head_dim = query.shape
-    _, tiles, *_, tile, _ = queries_shape(*query.shape)
-    pairs = query.reshape(batch, length * heads, head_dim)
-    pairs = jnp.pad(pairs, ((0, 0), (0, tiles * tile - length * heads), (0, 0)))
-    packed = jax.vmap(pack)(pairs.reshape(-1, tile, head_dim))
-    return PackedQuery(packed.reshape(queries_shape(*query.shape)), length, heads)
-
-
-def unpack_query(query: PackedQuery) -> Float[Array, "B S K H"]:
-    batch, tiles, groups, _, tile, _ = query.packed.shape
-    each = query.packed.reshape(-1, *query.packed.shape[2:])
-    pairs = jax.vmap(lambda x: unpack(x, tile))(each).reshape(batch, tiles * tile, 32 * groups)
-    return pairs[:, : query.length * query.heads].reshape(batch, query.length, query.heads, -1)
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
@@ -172,46 +103,40 @@ def project(
     num_heads: int,
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B T G H"], Float[Array, "B T G H"]]:
     """`kernels.project`."""
-    qkv = product(unpack(rows.scaled, len(rows.x)), kernel)
+    qkv = product(rows.scaled, kernel)
     return rotate(qkv, rows, added, cos, sin, key, value, place, num_heads)
 
 
 def gated(
     rows: Rows, gate_up: Float[Array, "D 2*F"], added: Float[Array, "2*F"] | TableRow | None
-) -> Array:
+) -> Float[Array, "R F"]:
     """`kernels.gated`."""
-    out = gelu_product(product(unpack(rows.scaled, len(rows.x)), gate_up), rows, added)
-    return pack(out) if is_packed(rows.scaled) else out
+    return gelu_product(product(rows.scaled, gate_up), rows, added)
 
 
 def merge(
-    x: Array,
+    x: Float[Array, "R F"],
     kernel: Float[Array, "F D"],
     residual: Float[Array, "R D"],
     gate: Float[Array, "D"] | TableRow | None,
     scale: Float[Array, "D"] | TableRow,
 ) -> Rows:
     """`kernels.merge`."""
-    added = product(unpack(x, len(residual)), kernel)
-    return _scaled_as(is_packed(x), add_scaled(residual, added, gate, scale))
+    return add_scaled(residual, product(x, kernel), gate, scale)
 
 
 def attend(
-    query: Float[Array, "B S K H"] | PackedQuery,
+    query: Float[Array, "B S K H"],
     key: Float[Array, "B T 1 H"],
     value: Float[Array, "B T 1 H"],
     key_mask: Bool[Array, "B _"] | None,
-    packed: bool = False,
-) -> Array:
+) -> Float[Array, "B S K*H"]:
     """`kernels.attend`."""
-    query = unpack_query(query) if isinstance(query, PackedQuery) else query
-    mask, keys = None, key.shape[1]
-    if key_mask is not None:
-        batch, keys = key_mask.shape
-        mask = jnp.broadcast_to(key_mask[:, None], (batch, query.shape[1], keys))
-    out = layers.attend(query, key[:, :keys], value[:, :keys], mask)
-    out = out.reshape(-1, out.shape[-1])
-    return pack(out) if packed else out
+    if key_mask is None:
+        return layers.attend(query, key, value)
+    batch, keys = key_mask.shape
+    mask = jnp.broadcast_to(key_mask[:, None], (batch, query.shape[1], keys))
+    return layers.attend(query, key[:, :keys], value[:, :keys], mask)
 
 
 def embed_actions(
@@ -220,11 +145,10 @@ def embed_actions(
     bias: Float[Array, "E"],
     scale: Float[Array, "E"] | TableRow,
     dtype: jnp.dtype,
-    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
     tokens = noisy.reshape(-1, len(kernel)) @ kernel + bias
-    return _scaled_as(packed, scale_rows(tokens.astype(dtype), scale))
+    return scale_rows(tokens.astype(dtype), scale)
 
 
 def euler_step(
@@ -286,10 +210,6 @@ def layer_norm(
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + epsilon) * value_of(scale) + value_of(shift)
     return normed.astype(x.dtype)
-
-
-def _scaled_as(packed: bool, rows: Rows) -> Rows:
-    return dataclasses.replace(rows, scaled=pack(rows.scaled)) if packed else rows
 
 
 def _factor(rows: Rows) -> Float[Array, "R 1"]:

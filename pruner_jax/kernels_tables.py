@@ -92,14 +92,13 @@ def euler_step(
 def embed_actions(
     noisy, kernel, bias, scale, step, out, scaled, squares,
     SCALE_STRIDE: tl.constexpr, WIDTH: tl.constexpr, ACTIONS: tl.constexpr,
-    ACTIONS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    ACTIONS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`rows.embed_actions`."""
     if step is not None:
         scale += tl.load(step) * SCALE_STRIDE
     rows.embed_actions(
-        noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK,
-        PACKED,
+        noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK, 0,
     )  # fmt: skip
 
 

@@ -200,38 +200,18 @@ def _custom_call(
     num_warps: int,
     num_stages: int,
 ) -> Sequence[Shaped[Array, "..."]]:
-    """What a program has in the call's place, once it is lowered."""
+    """What a program has in the call's place, once it is lowered.
+
+    XLA puts results where `output_indices` says and operands, in their order, where there is room.
+    An aliased operand is in its result's place already. As an operand it comes after all that the
+    kernel reads, where Triton's own pointers are: to scratch memory, of which there is none.
+    """
     given = dict(zip(names, operands, strict=True))
     specs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in outputs}
     pointers = [name for name in kernel.arg_names if name in given or name in specs]
     types = tuple((name, type_name((given | specs)[name].dtype)) for name in pointers)
     binary = compiled(kernel, types, constants, capability(), num_warps, num_stages)
-    return launched(binary, pointers, given, specs, grid)
 
-
-def launched(
-    binary: Compiled,
-    pointers: Sequence[str],
-    given: Mapping[str, Shaped[Array, "..."]],
-    specs: Mapping[str, jax.ShapeDtypeStruct],
-    grid: tuple[int, int, int],
-) -> Sequence[Shaped[Array, "..."]]:
-    """XLA's call of a compiled kernel.
-
-    XLA puts results where `output_indices` says and operands, in their order, where there is room.
-    An aliased operand is in its result's place already. As an operand it comes after all that the
-    kernel reads, where Triton's own pointers are: to scratch memory, of which there is none.
-
-    Args:
-        binary: the kernel.
-        pointers: the names of its parameters.
-        given: operands, by name; one that is an output too is written over.
-        specs: outputs, by name.
-        grid: programs on each axis.
-
-    Returns:
-        The outputs, in the order of `specs`.
-    """
     read = [name for name in pointers if name not in specs]
     written = [name for name in specs if name in given]
     unread = [np.zeros((), np.uint8)] * (binary.pointers - len(pointers) - len(written))

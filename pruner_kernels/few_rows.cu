@@ -14,8 +14,7 @@
 //
 // Attention is such a product, too: of keys with queries, which are packed in tiles of 16.
 //
-// Compiled with ROWS, DEPTH (chunks of weights that are asked for ahead), TABLED (whether vectors
-// are tables, whose row is `*step`) and SHARED (bytes of shared memory), after `multiply`.
+// Compiled with ROWS and SHARED (bytes of shared memory), after `multiply`.
 
 typedef unsigned char byte;
 typedef unsigned short bf16;
@@ -100,15 +99,8 @@ __device__ __forceinline__ bf16 rounded(float x) { return (bf16)pack(x, 0); }
 __device__ __forceinline__ int packed(int row, int k) {
     return ((k / 32 * 4 + k % 8 / 2) * N + row) * 8 + k % 32 / 8 * 2 + k % 2;
 }
-// The row of a table; to be read before all else, or it comes after the weights.
-__device__ __forceinline__ int read(const int *step) {
-    int now = 0;
-    if (TABLED) asm volatile("ld.global.s32 %0, [%1];" : "=r"(now) : "l"(step) : "memory");
-    return now;
-}
-
 // Two warpgroups compute. The one after them brings everything but the weights, and leaves them
-// its registers: its first warp what the launch before has written, the others what was there.
+// its registers.
 struct Thread {
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
@@ -130,20 +122,20 @@ template <int SPAN> struct Incoming {
     bf16 rows[SPAN * N];
     u64 arrived[CHUNKS], others;
 
-    // By the warpgroup that brings, each thread of which then arrives at `others` once.
-    __device__ __forceinline__ void start_barriers() {
+    // By the first warp that brings; so many threads then arrive at `others`, each once.
+    __device__ __forceinline__ void start_barriers(u32 bringing) {
         if (threadIdx.x == COMPUTING) {
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) start(arrived[c], 1);
-            start(others, 128);
+            start(others, bringing);
             started();
         }
-        asm volatile("bar.sync 3, 128;" ::: "memory");
-        asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
+        __syncwarp();
+        asm volatile("bar.arrive 1, %0;" ::"n"(COMPUTING + 32) : "memory");
     }
     // By those that compute.
     __device__ __forceinline__ void wait_for_barriers() {
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+        asm volatile("bar.sync 1, %0;" ::"n"(COMPUTING + 32) : "memory");
     }
     // `from` is packed, and of the span's first input.
     __device__ __forceinline__ void bring_rows(const bf16 *from) {
@@ -158,21 +150,16 @@ template <int SPAN> struct Incoming {
 
 // 64 outputs x N rows over SPAN inputs, of which a warpgroup has every other 64.
 template <int SPAN> struct Product {
-    static constexpr int CHUNKS = SPAN / CHUNK, AHEAD = CHUNKS < DEPTH ? CHUNKS : DEPTH;
-    const bf16 *from, *other;
+    static constexpr int CHUNKS = SPAN / CHUNK;
     uint4 first[2 * CHUNKS], second[2 * CHUNKS];
 
     // `from` and `other` are a thread's two outputs' weights, of the span's first input.
-    __device__ __forceinline__ Product(const Thread &at, const bf16 *from, const bf16 *other)
-        : from(from + 64 * at.group + 8 * at.quad), other(other + 64 * at.group + 8 * at.quad) {
+    __device__ __forceinline__ Product(const Thread &at, const bf16 *from, const bf16 *other) {
+        from += 64 * at.group + 8 * at.quad, other += 64 * at.group + 8 * at.quad;
 #pragma unroll
-        for (int c = 0; c < AHEAD; ++c) ask(c);
-    }
-    __device__ __forceinline__ void ask(int c) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            first[2 * c + i] = load_once(from + c * CHUNK + 32 * i);
-            second[2 * c + i] = load_once(other + c * CHUNK + 32 * i);
+        for (int i = 0; i < 2 * CHUNKS; ++i) {
+            int k = i / 2 * CHUNK + i % 2 * 32;
+            first[i] = load_once(from + k), second[i] = load_once(other + k);
         }
     }
     // In `d`, of tile j of 8 rows: two rows of one output, and of the other, at 4 j and on.
@@ -191,7 +178,6 @@ template <int SPAN> struct Product {
                 else multiply(d, a.z, b.z, a.w, b.w, tile, 1);
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            if (c + AHEAD < CHUNKS) ask(c + AHEAD);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     }
@@ -269,24 +255,20 @@ template <int WIDTH, int PARTS> struct Gated {
     alignas(16) Exchange exchange;
 };
 template <int WIDTH, int PARTS, int PLACES>
-KERNEL gated(const bf16 *x, const float *squares, const bf16 *kernel, const float *added, const int *step, bf16 *out) {
+KERNEL gated(const bf16 *x, const float *squares, const bf16 *kernel, const float *added, bf16 *out) {
     using Here = Gated<WIDTH, PARTS>;
     static_assert(sizeof(Here) == SHARED, "");
     Here &here = *(Here *)shared;
-    int now = read(step);
     Thread at;
     if (at.brings()) {
-        here.incoming.start_barriers();
-        int bytes = 0;
-        if (at.warp == 0) {
-            let_next_launch();
-            after_last_launch();
-            here.incoming.bring_rows(x);
-            bytes = here.norm.bring(squares, here.incoming.others);
-        } else if (at.warp == 1 && at.lane < 2) {
-            const float *from = added + 2 * PLACES * now + PLACES * at.lane + 32 * blockIdx.x;
-            copy(here.added[at.lane], from, bytes = 128, here.incoming.others);
-        }
+        if (at.warp) return;
+        here.incoming.start_barriers(32);
+        int bytes = at.lane < 2 ? 128 : 0;
+        if (bytes) copy(here.added[at.lane], added + PLACES * at.lane + 32 * blockIdx.x, bytes, here.incoming.others);
+        let_next_launch();
+        after_last_launch();
+        here.incoming.bring_rows(x);
+        bytes += here.norm.bring(squares, here.incoming.others);
         expect(here.incoming.others, bytes);
         return;
     }
@@ -328,35 +310,32 @@ template <int WIDTH, int PARTS> struct Project {
     alignas(16) Exchange exchange;
 };
 template <int WIDTH, int PARTS, int HEADS, int HEAD_DIM, int LENGTH, int ROOM, int PLACE, bool PACKED>
-KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const float *added, const int *step,
-               const float *cos, const float *sin, bf16 *query, bf16 *key, bf16 *value,
-               const void *, const void *) {  // XLA hands over key and value again
+KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const float *added,
+               const float *cos, const float *sin, bf16 *query, bf16 *key, bf16 *value) {
     using Here = Project<WIDTH, PARTS>;
     static_assert(sizeof(Here) == SHARED, "");
     constexpr int HALF = HEAD_DIM / 2;
     Here &here = *(Here *)shared;
-    int now = read(step);
     Thread at;
     int head = blockIdx.x / (HALF / 32), begin = blockIdx.x % (HALF / 32) * 32;
     bool turned = head <= HEADS;
     if (at.brings()) {
-        here.incoming.start_barriers();
+        if (at.warp == 0) here.incoming.start_barriers(128);
+        asm volatile("bar.sync 3, 128;" ::: "memory");
         int bytes = 0;
         if (at.warp == 0) {
+            bytes = at.lane < 2 ? 128 : 0;
+            const float *from = added + head * HEAD_DIM + HALF * at.lane + begin;
+            if (bytes) copy(here.added[at.lane], from, bytes, here.incoming.others);
             let_next_launch();
             after_last_launch();
             here.incoming.bring_rows(x);
-            bytes = here.norm.bring(squares, here.incoming.others);
-        } else {
-            if (turned)
-                for (int i = threadIdx.x - COMPUTING - 32; i < ROWS * 16; i += 96) {
-                    int row = i / 16, table = i / 8 % 2, column = i % 8 * 4;
-                    const float *from = (table ? sin : cos) + row * HALF + begin + column;
-                    *(float4 *)&here.turns[table][row][column] = __ldg((const float4 *)from);
-                }
-            if (at.warp == 1 && at.lane < 2) {
-                const float *from = added + (HEADS + 2) * HEAD_DIM * now + head * HEAD_DIM + HALF * at.lane + begin;
-                copy(here.added[at.lane], from, bytes = 128, here.incoming.others);
+            bytes += here.norm.bring(squares, here.incoming.others);
+        } else if (turned) {
+            for (int i = threadIdx.x - COMPUTING - 32; i < ROWS * 16; i += 96) {
+                int row = i / 16, table = i / 8 % 2, column = i % 8 * 4;
+                const float *from = (table ? sin : cos) + row * HALF + begin + column;
+                *(float4 *)&here.turns[table][row][column] = __ldg((const float4 *)from);
             }
         }
         expect(here.incoming.others, bytes);
@@ -422,12 +401,11 @@ template <int INPUTS> struct Merge {
 template <int INPUTS, int WIDTH>
 __cluster_dims__(BLOCKS, 1, 1)
 KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16 *gate, const float *scale,
-             const int *step, bf16 *out, bf16 *scaled, float *squares) {
+             bf16 *out, bf16 *scaled, float *squares) {
     using Here = Merge<INPUTS>;
     static_assert(sizeof(Here) == SHARED, "");
     constexpr int SPAN = INPUTS / BLOCKS;
     Here &here = *(Here *)shared;
-    int now = read(step);
     Thread at;
     int cluster = blockIdx.x / BLOCKS, block = blockIdx.x % BLOCKS;
     if (at.brings()) {
@@ -439,22 +417,20 @@ KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16
         }
         __syncwarp();
         arrive_in_cluster();
-        here.incoming.start_barriers();
-        int bytes = 0, row = 8 * block * BLOCK_TILES + at.lane;
-        u64 &others = here.incoming.others;
         if (at.warp == 0) {
+            here.incoming.start_barriers(32);
+            int bytes = 0, row = 8 * block * BLOCK_TILES + at.lane;
+            u64 &others = here.incoming.others;
+            if (at.lane == 30) copy(here.scale, scale + 64 * cluster, bytes = 256, others);
+            if (at.lane == 31) copy(here.gate, gate + 64 * cluster, bytes = 128, others);
             let_next_launch();
             after_last_launch();
             here.incoming.bring_rows(x + block * SPAN * N);
             if (at.lane < 8 * BLOCK_TILES && row < ROWS)
                 copy(here.residual[at.lane], residual + row * WIDTH + 64 * cluster, bytes = 128, others);
-        } else if (at.warp == 1 && at.lane == 0) {
-            copy(here.scale, scale + WIDTH * now + 64 * cluster, bytes = 256, others);
-        } else if (at.warp == 2 && at.lane == 0) {
-            copy(here.gate, gate + WIDTH * now + 64 * cluster, bytes = 128, others);
+            expect(others, bytes);
+            __syncwarp();
         }
-        expect(others, bytes);
-        __syncwarp();
         wait_for_all_of_cluster();
         return;
     }

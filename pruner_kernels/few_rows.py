@@ -1,7 +1,7 @@
 """Products of few rows on Hopper: where `few_rows.cu` applies, its launches, its compilation.
 
-NVRTC compiles a launch for its sizes, in a third of a second. It comes with the CUDA wheels of
-PyTorch and JAX; `cuda-bindings`, through which it is reached, with PyTorch's.
+NVRTC compiles a launch for its sizes, in a third of a second; PyTorch's CUDA wheels bring it, and
+`cuda-bindings`, through which it is reached.
 
 Dimension letters: R rows, D width, N outputs, F inputs of a merge, B batch, H head_dim.
 """
@@ -9,9 +9,8 @@ Dimension letters: R rows, D width, N outputs, F inputs of a merge, B batch, H h
 import dataclasses
 import functools
 import importlib
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pruner_kernels.tiles import HOPPER, cdiv
 
@@ -22,10 +21,6 @@ MAX_KEYS = 320  # of attention: a block has a warpgroup for 64
 QUERIES = 16  # (token, head) pairs of a tile
 CHUNK = 128  # inputs that arrive together
 BLOCKS = 4  # of a cluster
-# Chunks of weights that are asked for ahead. Where a launch begins while the one before still runs,
-# all; else the last ones while the first are multiplied.
-AHEAD, AMONG = 8, 5
-PTX = "8.1"  # the first that has all that is used; a driver may be older than NVRTC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +28,7 @@ class Launch:
     """A kernel of `few_rows.cu`, for its sizes.
 
     Attributes:
-        kernel: its name, and the arguments of its template.
-        arg_names: its parameters, all of them pointers.
+        kernel: its name, and the arguments of its template; its parameters are pointers.
         rows: R.
         grid: blocks that are launched, on three axes.
         shared: bytes of shared memory, of a block.
@@ -42,7 +36,6 @@ class Launch:
     """
 
     kernel: str
-    arg_names: tuple[str, ...]
     rows: int
     grid: tuple[int, int, int]
     shared: int
@@ -113,29 +106,26 @@ def project(
         packed: whether queries are, for `attend`.
     """
     sizes = f"{width}, {parts}, {heads}, {head_dim}, {length}, {room}, {place}, {int(packed)}"
-    names = ("x", "squares", "kernel", "added", "step", "cos", "sin", "query", "key", "value")
     turns = 2 * 8 * cdiv(rows, 8) * 36 * 4
     shared = _normed(rows, width, parts) + 2 * 32 * 4 + turns + _exchange(rows)
     grid = (heads + 2) * head_dim // 64, 1, 1
-    return Launch(f"project<{sizes}>", names, rows, grid, shared)
+    return Launch(f"project<{sizes}>", rows, grid, shared)
 
 
 def gated(rows: int, width: int, parts: int, places: int) -> Launch:
     """`rows.gated`, of packed rows to packed rows; `places` are half of the kernel's outputs."""
-    names = ("x", "squares", "kernel", "added", "step", "out")
     shared = _normed(rows, width, parts) + 2 * 32 * 4 + _exchange(rows)
     grid = places // 32, 1, 1
-    return Launch(f"gated<{width}, {parts}, {places}>", names, rows, grid, shared)
+    return Launch(f"gated<{width}, {parts}, {places}>", rows, grid, shared)
 
 
 def merge(rows: int, inputs: int, width: int) -> Launch:
     """`rows.merge`, of packed rows; what it scales is packed, and its squares in D / 64 parts."""
-    names = ("x", "kernel", "residual", "gate", "scale", "step", "out", "scaled", "squares")
     tiles = cdiv(cdiv(rows, 8), BLOCKS)
     shared = _aligned(_incoming(rows, inputs // BLOCKS)) + BLOCKS * 4 * tiles * 32 * 16
     shared += _exchange(rows) + 64 * 4 + 4 * 8 * tiles * 4 + 64 * 2 + 8 * tiles * 72 * 2 + 8
     grid = BLOCKS * (width // 64), 1, 1
-    return Launch(f"merge<{inputs}, {width}>", names, rows, grid, _aligned(shared))
+    return Launch(f"merge<{inputs}, {width}>", rows, grid, _aligned(shared))
 
 
 def attend(
@@ -154,11 +144,10 @@ def attend(
     """
     chunks = cdiv(keys, 64)
     sizes = f"{heads}, {head_dim}, {length}, {keys}, {room}, {int(masked)}"
-    names = ("query", "key", "value", "mask", "out")
     shared = 2 * (QUERIES * head_dim + 64 * chunks * (head_dim + 8) + QUERIES * (64 * chunks + 8))
     shared += 2 * 4 * chunks * QUERIES * 4 + 2 * 8
     grid = cdiv(length * heads, QUERIES), batch, 1
-    return Launch(f"attend<{sizes}>", names, batch * length, grid, shared, 128 * chunks)
+    return Launch(f"attend<{sizes}>", batch * length, grid, shared, 128 * chunks)
 
 
 def _normed(rows: int, width: int, parts: int) -> int:
@@ -189,16 +178,8 @@ def available() -> bool:
 
 
 @functools.cache
-def compiled(
-    launch: Launch, form: Literal["ptx", "cubin"], tabled: bool, depth: int
-) -> tuple[str, bytes]:
-    """The kernel's name, and its code: compiled once a process.
-
-    Args:
-        launch: with its sizes.
-        form: what is asked for.
-        tabled: whether vectors are tables, of whose rows `step` is a pointer to one's place.
-        depth: `AHEAD` or `AMONG`.
+def compiled(launch: Launch) -> tuple[str, bytes]:
+    """The kernel's name, and what the driver loads: compiled once a process.
 
     Raises:
         RuntimeError: NVRTC does not compile it, with what it says.
@@ -209,34 +190,21 @@ def compiled(
     text = "".join(map(_multiply, columns)) + Path(__file__).with_name("few_rows.cu").read_text()
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"few_rows.cu", 0, [], []))
     try:
-        name = launch.kernel.encode()
-        checked(nvrtc.nvrtcAddNameExpression(program, name))
-        constants = {
-            "ROWS": launch.rows,
-            "DEPTH": depth,
-            "TABLED": int(tabled),
-            "SHARED": launch.shared,
-        }
-        options = [b"-arch=" + {"ptx": b"compute_90a", "cubin": b"sm_90a"}[form], b"-std=c++17"]
-        options += [f"-D{key}={value}".encode() for key, value in constants.items()]
+        expression = launch.kernel.encode()
+        checked(nvrtc.nvrtcAddNameExpression(program, expression))
+        options = [b"-arch=sm_90a", b"-std=c++17"]
+        options += [b"-DROWS=%d" % launch.rows, b"-DSHARED=%d" % launch.shared]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(f"{launch.kernel} does not compile: {log.decode(errors='replace')}")
-        entry = checked(nvrtc.nvrtcGetLoweredName(program, name)).decode()
-        size, get = {
-            "ptx": (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX),
-            "cubin": (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN),
-        }[form]
-        code = bytearray(checked(size(program)))
-        checked(get(program, code))
+        name = checked(nvrtc.nvrtcGetLoweredName(program, expression)).decode()
+        code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    if form == "ptx":
-        text = code.decode().rstrip("\0")
-        code = re.sub(r"^\.version \S+", f".version {PTX}", text, count=1, flags=re.M).encode()
-    return entry, bytes(code)
+    return name, bytes(code)
 
 
 def _multiply(columns: int) -> str:

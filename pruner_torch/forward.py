@@ -310,6 +310,7 @@ def _layer(
     )
     packed = kernels_plain.is_packed(rows.scaled)
     attended = _attend(query, key[:, :length], value[:, :length], mask, packed, operations)
+    attended = attended if packed else attended.flatten(0, 1)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
     gated = operations.gated(rows, layer.gate_up, norms.mlp_added)
     return operations.merge(gated, layer.down, rows.x, norms.mlp_gate, following)
@@ -340,7 +341,7 @@ def _attend(
     packed: bool,
     operations: ModuleType,
 ) -> Tensor:
-    """Softmax attention of queries that are scaled already: [B * S, K * head_dim], or packed."""
+    """Softmax attention of queries that are scaled already: [B, S, K * head_dim], or packed."""
     if key.shape[2] == 1 and mask.shape[1] == 1:
         return operations.attend(query, key, value, mask[:, 0], packed)
-    return attend(query, key, value, mask.expand(-1, query.shape[1], -1)).flatten(0, 1)
+    return attend(query, key, value, mask.expand(-1, query.shape[1], -1))

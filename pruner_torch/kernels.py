@@ -244,7 +244,7 @@ def attend(
         packed: how the result is written; True for packed queries.
 
     Returns:
-        [B * S, K * H], or packed.
+        [B, S, K * H], or packed.
 
     Raises:
         ValueError: sizes or strides do not fit.

@@ -226,8 +226,9 @@ def attend(
     parts = cdiv(keys, span)  # none is empty
     width = max(power_of_two(head_dim), 16)
     blocks = cdiv(length * heads, tiles.rows)
-    shape = batch * length, heads * head_dim
-    out = query.new_empty(packed_shape(*shape) if packed else shape)
+    width_out = heads * head_dim
+    packing = packed_shape(batch * length, width_out)
+    out = query.new_empty(packing if packed else (batch, length, width_out))
     shared = batch * blocks * parts * tiles.rows if parts > 1 else 1
     tops, sums, totals = (
         torch.empty(size, dtype=torch.float32, device=device)
@@ -239,7 +240,7 @@ def attend(
         *((0, 0) if key_mask is None else key_mask.stride()),
         HEADS=heads, HEAD_DIM=head_dim, HAS_MASK=key_mask is not None,
         ROWS=tiles.rows, KEYS=tiles.keys, WIDTH=width, PARTS=parts,
-        PACKED=out.shape[2] if packed else 0, num_warps=tiles.warps, num_stages=tiles.stages,
+        PACKED=packing[2] if packed else 0, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 

@@ -46,8 +46,7 @@ def project(
         rows, width, len(given.squares), num_heads, head_dim, length, room, place, packed
     )
     turns = cos.contiguous(), sin.contiguous()
-    given_rows = given.scaled, given.squares
-    _run(launch, *given_rows, kernel, added, None, *turns, query, key, value, None, None)
+    _run(launch, given.scaled, given.squares, kernel, added, *turns, query, key, value)
     return PackedQuery(query, length, num_heads) if packed else query
 
 
@@ -78,7 +77,7 @@ def gated(
     (rows, width), places = given.x.shape, gate_up.shape[1] // 2
     out = given.x.new_empty(packed_shape(rows, places))
     launch = few_rows.gated(rows, width, len(given.squares), places)
-    _run(launch, given.scaled, given.squares, gate_up, added, None, out)
+    _run(launch, given.scaled, given.squares, gate_up, added, out)
     return out
 
 
@@ -96,7 +95,7 @@ def merge(
     out, scaled = x.new_empty(rows, width), x.new_empty(packed_shape(rows, width))
     squares = torch.empty(width // 64, rows, dtype=torch.float32, device=x.device)
     launch = few_rows.merge(rows, inputs, width)
-    _run(launch, x, kernel, residual.contiguous(), gate, scale, None, out, scaled, squares)
+    _run(launch, x, kernel, residual.contiguous(), gate, scale, out, scaled, squares)
     return Rows(out, scaled, squares)
 
 
@@ -137,7 +136,7 @@ def _run(launch: Launch, *arguments: Tensor | None) -> None:
 @functools.cache
 def _function(launch: Launch, device: int) -> Any:
     """Loaded once a process, on the current device, which is this one; so not during a capture."""
-    name, code = few_rows.compiled(launch, "cubin", tabled=False, depth=few_rows.AHEAD)
+    name, code = few_rows.compiled(launch)
     module = checked(driver.cuModuleLoadData(code))
     function = checked(driver.cuModuleGetFunction(module, name.encode()))
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -168,8 +168,8 @@ def attend(
     mask = None
     if key_mask is not None:
         mask = key_mask[:, None].expand(-1, query.shape[1], -1)
-    out = layers.attend(query, key, value, mask).flatten(0, 1)
-    return pack(out) if packed else out
+    out = layers.attend(query, key, value, mask)
+    return pack(out.flatten(0, 1)) if packed else out
 
 
 def embed_actions(
