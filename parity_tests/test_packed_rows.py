@@ -1,6 +1,9 @@
 """Packed rows: how they lie, and what takes them on Hopper, held against float64."""
 
 import itertools
+import pathlib
+import re
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ from pruner_torch.kernels_plain import PackedQuery, Rows
 if "torch" not in BACKENDS:
     pytest.skip("without torch", allow_module_level=True)
 
+ROOT = pathlib.Path(__file__).parent.parent
 WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256  # of π0.5's action expert
 EXPERT = {"width": WIDTH, "mlp": MLP, "heads": HEADS, "groups": 1, "head_dim": HEAD_DIM}
 HOPPER = (
@@ -252,3 +256,51 @@ def test_who_packs(change):
     layer = ExpertLayer(None, qkv, out, None, gate_up, down)
     assert kernels.packs(50, layer, HEAD_DIM) == (change == "")
     assert not kernels_plain.packs(50, layer, HEAD_DIM)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 33, 50, 64])
+def test_threads_have_the_registers_that_they_use(rows, tmp_path):
+    """Those that bring give most of theirs to those that compute, which no compiler watches."""
+    disassembler = pytest.importorskip("triton").__path__[0] + "/backends/nvidia/bin/cuobjdump"
+    source = (ROOT / "pruner_kernels" / "few_rows.cu").read_text()
+    bringing, computing = (
+        int(re.search(rf"{who}_REGISTERS = (\d+)", source)[1]) for who in ("BRINGING", "COMPUTING")
+    )
+    assert 128 * bringing + 256 * computing <= 1 << 16
+    for launch in launches(rows, WIDTH, MLP, HEADS, HEAD_DIM):
+        if not launch.kernel.startswith("attend"):
+            file = tmp_path / "launch.cubin"
+            file.write_bytes(few_rows.compiled(launch)[1])
+            listing = subprocess.run(
+                [disassembler, "-sass", str(file)], check=True, capture_output=True, text=True
+            ).stdout
+            assert used(listing, after="DEALLOC") < bringing, launch
+            assert used(listing, after="TRY_ALLOC") < computing, launch
+
+
+def used(listing: str, after: str) -> int:
+    """The highest register of all that may run after an instruction."""
+    lines = [line for line in listing.splitlines() if re.match(r"\s+/\*[0-9a-f]{4}\*/", line)]
+    places = {int(line.split("*")[1], 16): i for i, line in enumerate(lines)}
+    todo, seen = [next(i for i, line in enumerate(lines) if after in line)], set()
+    while todo:
+        i = todo.pop()
+        if i in seen or i == len(lines):
+            continue
+        seen.add(i)
+        line, always = lines[i], not re.search(r"@!?U?P\d", lines[i])
+        target = re.search(r"\b(BRA|BSSY|CALL)\b.* 0x([0-9a-f]+) ;", line)
+        if target:
+            todo.append(places[int(target[2], 16)])
+        leaves = re.search(r"\b(EXIT|BRA 0x)", line)
+        if not (leaves and always):
+            todo.append(i + 1)
+    widths = {".128": 4, ".64": 2}
+    highest = 0
+    for i in seen:
+        width = max((size for name, size in widths.items() if name in lines[i]), default=1)
+        numbers = [int(number) for number in re.findall(r"\bR(\d+)\b", lines[i])]
+        highest = max([highest, *(number + width - 1 for number in numbers)])
+    return highest

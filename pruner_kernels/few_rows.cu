@@ -99,16 +99,18 @@ __device__ __forceinline__ bf16 rounded(float x) { return (bf16)pack(x, 0); }
 __device__ __forceinline__ int packed(int row, int k) {
     return ((k / 32 * 4 + k % 8 / 2) * N + row) * 8 + k % 32 / 8 * 2 + k % 2;
 }
-// Two warpgroups compute. The one after them brings everything but the weights, and leaves them
-// its registers.
+
+// Two warpgroups compute. The one after them brings everything but the weights, and leaves them its
+// registers; the compiler does not know how many it keeps, parity_tests/test_packed_rows.py does.
+constexpr int BRINGING_REGISTERS = 72, COMPUTING_REGISTERS = 216;
 struct Thread {
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     int warp = __shfl_sync(~0u, threadIdx.x % 128 / 32, 0);
     int lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
 
     __device__ __forceinline__ bool brings() const {
-        if (group == GROUPS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if (group == GROUPS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BRINGING_REGISTERS));
+        else asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTING_REGISTERS));
         return group == GROUPS;
     }
 };
@@ -226,6 +228,7 @@ template <int PARTS> struct Norm {
             if (lane == 0) copy(squares, from, BYTES, barrier);
             return lane == 0 ? BYTES : 0;
         }
+#pragma unroll 1
         for (int i = lane; i < PARTS * ROWS; i += 32) squares[i] = __ldcg(from + i);
         return 0;
     }
@@ -332,6 +335,7 @@ KERNEL project(const bf16 *x, const float *squares, const bf16 *kernel, const fl
             here.incoming.bring_rows(x);
             bytes += here.norm.bring(squares, here.incoming.others);
         } else if (turned) {
+#pragma unroll 4  // of what more would take, these threads have no registers
             for (int i = threadIdx.x - COMPUTING - 32; i < ROWS * 16; i += 96) {
                 int row = i / 16, table = i / 8 % 2, column = i % 8 * 4;
                 const float *from = (table ? sin : cos) + row * HALF + begin + column;
