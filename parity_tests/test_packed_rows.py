@@ -116,10 +116,13 @@ def test_launches_compile(sizes):
 
 
 @needs_nvrtc
-def test_what_does_not_compile_is_said():
+def test_what_does_not_compile_is_said_and_left_to_triton(caplog):
     launch = few_rows.Launch("gated<1024, 16, 4096>", 50, (1, 1, 1), 16)
     with pytest.raises(RuntimeError, match=r"gated<1024, 16, 4096> does not compile.*static"):
         few_rows.compiled(launch)
+    with caplog.at_level("WARNING"):
+        assert not few_rows.compiles(launch)
+    assert "Triton's kernels are taken" in caplog.text
 
 
 def normal(draw: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:

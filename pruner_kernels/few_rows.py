@@ -9,6 +9,7 @@ Dimension letters: R rows, D width, N outputs, F inputs of a merge, B batch, H h
 import dataclasses
 import functools
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ MAX_KEYS = 320  # of attention: a block has a warpgroup for 64
 QUERIES = 16  # (token, head) pairs of a tile
 CHUNK = 128  # inputs that arrive together
 BLOCKS = 4  # of a cluster
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,16 @@ def available() -> bool:
     except (ImportError, RuntimeError):  # not installed; installed without the library
         return False
     return True
+
+
+@functools.cache
+def compiles(launch: Launch) -> bool:
+    """Whether NVRTC can be reached, and compiles this."""
+    try:
+        return available() and bool(compiled(launch))
+    except RuntimeError as error:
+        logger.warning("Triton's kernels are taken in the place of faster ones, %s", error)
+        return False
 
 
 @functools.cache

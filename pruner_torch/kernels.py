@@ -94,8 +94,10 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
     heads, mlp = len(layer.out) // head_dim, len(layer.down)
     groups = (layer.qkv.shape[1] // head_dim - heads) // 2
     sizes = rows, len(layer.qkv), mlp, heads, groups, head_dim, 8 * layer.qkv.itemsize
-    adjacent = all(_is_outputs_first(kernel) for kernel in kernels)
-    return adjacent and few_rows.applies(*sizes) and few_rows.available()
+    if not few_rows.applies(*sizes) or not all(map(_is_outputs_first, kernels)):
+        return False
+    width = len(layer.qkv)
+    return few_rows.compiles(few_rows.gated(rows, width, width // 64, mlp))
 
 
 def scale_rows(x: Float[Tensor, "R D"], scale: Float[Tensor, "D"]) -> Rows:
