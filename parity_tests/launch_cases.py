@@ -5,6 +5,7 @@ Triton interprets: in a process of its own, since it is told so before it is imp
 then a callback, in compiled functions too.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity_tests.cases import tiny_config
+from parity_tests.cases import BUDGETS, PRUNER_CASES, PRUNING, tiny_config
 from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
 from pruner_jax import (
     float8,
@@ -27,18 +28,23 @@ from pruner_jax import (
     kernels_launch,
     kernels_plain,
     kernels_pointwise,
+    kernels_pruner,
     kernels_vision,
+    pruner,
     triton_call,
 )
 from pruner_jax.deployed import ExpertLayer
 from pruner_jax.inference import Sampler
 from pruner_jax.kernels_plain import Rows
+from pruner_jax.pi0 import Encoded
 from pruner_jax.tables import TableRow
 from pruner_kernels import tiles
+from pruner_spec import pruner as reference
 from pruner_spec.config import GemmaVariant
 from pruner_spec.inference import InferenceSettings
 
 FULL = DEVICE == "cuda"
+WAYS = kernels, kernels_plain
 DTYPES = ("float32", "bfloat16")
 STEPS, STEP = 3, 1  # the step that a launch is at
 EPSILON = 1e-6
@@ -329,6 +335,60 @@ def dequantized(rows: float8.Quantized) -> np.ndarray:
     return values * scale[:, None]
 
 
+def pruning() -> Iterator[Row]:
+    """Scores against the spec's; the selection by given scores and the prefix to the last bit."""
+    for case in PRUNER_CASES.values():
+        if case.patches > 256 and not FULL:
+            continue
+        inputs = case.inputs()
+        for dtype in DTYPES:
+            patches, task = (jnp.asarray(x, dtype) for x in (inputs.patches, inputs.task))
+            found = jax.jit(kernels_pruner.importance_score)(patches, task, inputs.task_mask)
+            with jax.enable_x64(True):
+                exact = (np.asarray(x).astype(np.float64) for x in (patches, task))
+            expected = reference.importance_score(*exact, inputs.task_mask)
+            yield {"case": f"{case.name}, {dtype}", "error": error(found, expected)}
+        scores, mask = jnp.asarray(inputs.noise, jnp.float32), jnp.asarray(inputs.patch_mask)
+        budget = jnp.arange(len(mask), dtype=jnp.int32)
+        for name, given in {**BUDGETS, "a number each": {"keep_tokens": budget}}.items():
+            how = given.get("keep_tokens"), given.get("min_keep", 1)
+            expected = pruner._select(scores, mask, *how)
+            kept, counts = kernels_pruner.elect(scores, mask, *how)
+            same = np.array_equal(kept, expected.kept) and np.array_equal(counts, expected.counts)
+            yield {"case": f"{case.name}, {name}", "same": same}
+
+
+def prefixes() -> Iterator[Row]:
+    """Packed to few slots, and to all; NaN in a camera, and cameras that are not there."""
+    for dtype, name in itertools.product(DTYPES, ("implicit, joint", "5 a camera")):
+        config = tiny_config(dtype=dtype, **PRUNING[name])
+        model = BACKENDS["jax"].model(config, parameters(config)).module
+        draw, width = Draw(dtype), config.paligemma.width
+        encoded = Encoded(
+            patches=draw(3, 3, config.vision.num_patches, width).at[1, 2, 4, 0].set(jnp.nan),
+            camera_mask=jnp.asarray(
+                [[True, True, True], [True, False, True], [False, True, False]]
+            ),
+            prompt=draw(3, 21, width),
+            prompt_mask=jnp.arange(21)[None, :] < jnp.asarray([[21], [9], [1]]),
+        )
+        healthy = dataclasses.replace(encoded, patches=jnp.nan_to_num(encoded.patches))
+        agree = [jax.jit(model.select, static_argnums=1)(healthy, way) for way in WAYS]
+        same = [jax.tree.leaves(each) for each in agree]
+        equal = all(map(np.array_equal, *same))
+        yield {"case": f"{name}, {dtype}", "same": equal}
+        broken = dataclasses.replace(agree[1], counts=agree[1].counts.at[1, 0, 1].set(3))
+        for room in (int(broken.kept.sum(axis=-1).max()), broken.kept.shape[1]):
+            ways = [model.prune(encoded, broken, room, way) for way in WAYS]
+            pairs = zip(*(jax.tree.leaves(each) for each in ways), strict=True)
+            equal = all(
+                x.dtype == y.dtype and np.array_equal(*(np.asarray(z, np.float64) for z in (x, y)),
+                                                      equal_nan=True)
+                for x, y in pairs
+            )  # fmt: skip
+            yield {"case": f"{name}, {dtype}, {room} slots", "same": equal}
+
+
 def calls() -> Iterator[Row]:
     """Whole calls, with kernels and without."""
 
@@ -413,7 +473,10 @@ def _apart(found: Any, expected: Any) -> float:
 
 FAMILIES = {
     family.__name__: family
-    for family in (products, pointwise, attention, ends, vision, float8_rows, calls, tuned)
+    for family in (
+        *(products, pointwise, attention, ends, vision, float8_rows),
+        *(pruning, prefixes, calls, tuned),
+    )
 }
 
 
@@ -422,6 +485,7 @@ def main() -> None:
         assert os.environ.get("TRITON_INTERPRET") == "1"
         for module in (kernels_float8, kernels_launch, kernels_pointwise, kernels_vision):
             module.triton_call = interpreted
+        kernels_pruner.triton_call = interpreted
         triton_call.available = lambda: True
     with np.errstate(all="ignore"):
         print(json.dumps({name: list(family()) for name, family in FAMILIES.items()}))

@@ -296,6 +296,19 @@ def test_rows_in_float8():
 
 @pytest.mark.slow
 @pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
+def test_the_pruner():
+    """Scores are the reference's; the selection by given ones and the prefix, to the last bit."""
+    rows = [*launched()["pruning"], *launched()["prefixes"]]
+    scores = [row for row in rows if "error" in row]
+    assert len(scores) >= 6
+    for row in scores:
+        assert row["error"] <= tolerance("scores", "float32"), row
+    assert len(rows) - len(scores) >= 20 + 12
+    assert [row for row in rows if not row.get("same", True)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
 def test_tiles_that_are_timed_compute_the_same():
     level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"
     rows = launched()["tuned"]
@@ -392,6 +405,39 @@ def test_keys_that_nobody_has_written_are_not_copied(lower, monkeypatch):
     (over,) = lower(rotated, room, x, qkv, angles)
     assert "output_tuple_indices" not in new
     assert over.count("output_tuple_indices") == 2
+
+
+@pytest.mark.parametrize("scope", ["camera", "joint"])
+@pytest.mark.parametrize("keep", [None, 5])
+def test_the_pruner_is_four_launches(monkeypatch, scope, keep):
+    """At inference, and only of the fast way."""
+    monkeypatch.setattr(triton_call, "capability", lambda: 90)
+    monkeypatch.setattr(triton_call, "available", lambda: True)
+    config = tiny_config(
+        dtype="bfloat16",
+        token_pruning_enabled=True,
+        token_prune_scope=scope,
+        token_prune_keep_tokens=keep,
+    )
+    model = nnx.eval_shape(lambda: Pi0(config, seed=None))
+    shape = (2, 3, config.vision.num_patches, config.paligemma.width)
+    encoded = Encoded(
+        jnp.zeros(shape, model.dtype),
+        jnp.ones((2, 3), bool),
+        jnp.zeros((2, 9, shape[-1]), model.dtype),
+        jnp.ones((2, 9), bool),
+    )
+
+    def function(encoded: Any, way: Any) -> Any:
+        return model.prune(encoded, model.select(encoded, way), 7, way)
+
+    def lowered(way: Any) -> str:
+        traced = jax.jit(function, static_argnums=1).trace(encoded, way)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    expected = dict.fromkeys(("logits", "scores", "elect", "pack_prefix"), 1)
+    assert names(lowered(kernels)) == expected
+    assert names(lowered(kernels_plain)) == {}
 
 
 def test_a_vision_block_is_four_launches(monkeypatch):

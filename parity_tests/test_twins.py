@@ -15,10 +15,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 
 # The drop-in for users of openpi's PyTorch model, of which there is only one; CUDA graphs, which
-# XLA captures by itself; checks of strides, which JAX's arrays have not; kernels that XLA has; and
-# those whose launches overlap, as XLA's do not.
+# XLA captures by itself; checks of strides, which JAX's arrays have not; and kernels whose launches
+# overlap, as XLA's do not.
 FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py"} | {
-    f"kernels_{part}.py" for part in ("checks", "packed", "pruner")
+    f"kernels_{part}.py" for part in ("checks", "packed")
 }
 FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py"} | {
     f"kernels_{part}.py" for part in ("pointwise", "tables")

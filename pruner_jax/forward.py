@@ -66,7 +66,7 @@ def encode(
         operations: `kernels`, or `kernels_plain`.
     """
     encoded = embed(model, weights, images, camera_mask, prompt, prompt_mask, operations)
-    return encoded, model.select(encoded)
+    return encoded, model.select(encoded, operations)
 
 
 def embed(
@@ -116,7 +116,7 @@ def act(
         capacity: patches after pruning; None where nothing is pruned.
         operations: `kernels`, or `kernels_plain`.
     """
-    prefix = sampling.prune(model, encoded, selection, capacity)
+    prefix = sampling.prune(model, encoded, selection, capacity, operations)
     cache = prefill(model, weights, prefix, operations)
     return denoise(model, weights, schedule, cache, state, noise, operations)
 

@@ -84,8 +84,9 @@ class Sampler:
         self._encode = jit(over(_encode, self._seeing), static_argnums=3)
         self._act = jit(over(act, self._acting), static_argnums=6)
         self._embed = jit(over(_embed, self._seeing), static_argnums=3)
-        self._select = jit(self.model.select)
-        self._prune = jit(functools.partial(sampling.prune, self.model), static_argnums=2)
+        self._select = jit(functools.partial(self.model.select, operations=operations))
+        prune = functools.partial(sampling.prune, self.model, operations=operations)
+        self._prune = jit(prune, static_argnums=2)
         self._prefill = jit(over(prefill, self._acting))
         self._denoise = jit(over(denoise, self._acting))
 

@@ -11,6 +11,7 @@ A action dim, D width of the prefix, E width of the suffix.
 import dataclasses
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pruner_jax import checkpoint, sampling
+from pruner_jax import checkpoint, kernels, kernels_plain, sampling
 from pruner_jax.gemma import Gemma, KVCache
 from pruner_jax.layers import Linear, as_float, constant, wide
 from pruner_jax.pruner import ImageTokenPruner, PrunedPatches, Selection, pack
@@ -231,7 +232,7 @@ class Pi0(nnx.Module):
             encoded.camera_mask.reshape(batch * cameras, 1).repeat(patches, axis=1),
         )
 
-    def select(self, encoded: Encoded) -> Selection:
+    def select(self, encoded: Encoded, operations: ModuleType = kernels_plain) -> Selection:
         """The patches kept at inference, over all cameras: `kept` is bool [B, C*N]."""
         batch, _, patches = encoded.patches.shape[:3]
         if not self.config.prunes_at_inference:
@@ -240,7 +241,8 @@ class Pi0(nnx.Module):
         budget = None
         if self.config.token_prune_scope == "joint" and self.config.keep_budget is not None:
             budget = self.config.keep_budget * encoded.camera_mask.sum(axis=-1)
-        selection = self.pruner.select(*self.pools(encoded), budget=budget)
+        pools = self.pools(encoded)
+        selection = self.pruner.select(*pools, budget=budget, operations=operations)
         return Selection(
             kept=selection.kept.reshape(batch, -1), counts=selection.counts.reshape(batch, -1, 2)
         )
@@ -287,8 +289,23 @@ class Pi0(nnx.Module):
             length=length,
         )
 
-    def prune(self, encoded: Encoded, selection: Selection, capacity: int) -> Prefix:
+    def prune(
+        self,
+        encoded: Encoded,
+        selection: Selection,
+        capacity: int,
+        operations: ModuleType = kernels_plain,
+    ) -> Prefix:
         """The prefix of the selected patches, packed to `capacity`, and the prompt."""
+        if operations is kernels and kernels.available(encoded.patches):
+            from pruner_jax import kernels_pruner  # here, since it imports Triton
+
+            masks = encoded.camera_mask, encoded.prompt_mask
+            chosen = selection.kept, selection.counts
+            packed = kernels_pruner.pack_prefix(
+                encoded.patches, encoded.prompt, *masks, *chosen, capacity
+            )
+            return Prefix(*packed)
         return self.assemble(encoded, pack(_merge(encoded.patches, 1), selection, capacity))
 
     def embed_prefix(

@@ -8,6 +8,7 @@ Dimension letters: B batch, N patches, M patches after pruning, T task tokens, D
 
 import dataclasses
 import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from pruner_jax import kernels, kernels_plain
 from pruner_jax.layers import wide
 from pruner_spec.pruner import RMS_EPSILON, NonFiniteScoresError
 
@@ -252,10 +254,20 @@ class ImageTokenPruner:
         task_mask: Bool[Array, "B T"] | None = None,
         patch_mask: Bool[Array, "B N"] | None = None,
         budget: Int[Array, "B"] | None = None,
+        operations: ModuleType = kernels_plain,
     ) -> Selection:
         """The hard selection; `budget` a sample takes the place of `keep_tokens`."""
-        scores = importance_score(patches, task, task_mask)
         keep_tokens = self.keep_tokens if budget is None else budget
+        if operations is kernels and kernels.available(patches):
+            from pruner_jax import kernels_pruner  # here, since it imports Triton
+
+            task_mask = all_valid(task) if task_mask is None else task_mask
+            patch_mask = all_valid(patches) if patch_mask is None else patch_mask
+            if 0 < task.shape[1] <= kernels_pruner.MAX_TASK:
+                scores = kernels_pruner.importance_score(patches, task, task_mask)
+                found = kernels_pruner.elect(scores, patch_mask, keep_tokens, self.min_keep)
+                return Selection(*found)
+        scores = importance_score(patches, task, task_mask)
         return _select(scores, patch_mask, keep_tokens, self.min_keep)
 
     def relax(

@@ -8,6 +8,7 @@ costs none.
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from pruner_jax import kernels_plain
 from pruner_jax.diagnostics import diagnose
 from pruner_jax.gemma import KVCache
 from pruner_jax.layers import constant
@@ -192,11 +194,17 @@ def plan_of(observation: Observation) -> EncodingPlan:
     return plan_encoding(np.stack(masks, axis=1), prompt_mask)
 
 
-def prune(model: "Pi0", encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
+def prune(
+    model: "Pi0",
+    encoded: "Encoded",
+    selection: Selection,
+    capacity: int | None,
+    operations: ModuleType = kernels_plain,
+) -> "Prefix":
     """The prefix at inference, packed to `capacity`; None where the config does not prune."""
     if capacity is None:
         return model.assemble(encoded)
-    return model.prune(encoded, selection, capacity)
+    return model.prune(encoded, selection, capacity, operations)
 
 
 def is_counted(model: "Pi0") -> bool:

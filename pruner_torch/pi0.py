@@ -217,7 +217,7 @@ class Pi0(nn.Module):
             encoded.camera_mask.reshape(batch * cameras, 1).expand(-1, patches),
         )
 
-    def select(self, encoded: Encoded, operations: ModuleType = kernels) -> Selection:
+    def select(self, encoded: Encoded, operations: ModuleType = kernels_plain) -> Selection:
         """The patches kept at inference, over all cameras: `kept` is bool [B, C*N]."""
         batch, _, patches = encoded.patches.shape[:3]
         if not self.config.prunes_at_inference:
@@ -280,7 +280,7 @@ class Pi0(nn.Module):
         encoded: Encoded,
         selection: Selection,
         capacity: int,
-        operations: ModuleType = kernels,
+        operations: ModuleType = kernels_plain,
     ) -> Prefix:
         """The prefix of the selected patches, packed to `capacity`, and the prompt."""
         patches = encoded.patches

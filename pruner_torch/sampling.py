@@ -19,7 +19,7 @@ from pruner_spec.config import CAMERAS
 from pruner_spec.flow import euler_step, euler_time_embeddings
 from pruner_spec.observation import EncodingPlan, Observation, check_actions, plan_encoding
 from pruner_spec.stats import kept_counts
-from pruner_torch import kernels, kernels_plain
+from pruner_torch import kernels_plain
 from pruner_torch.diagnostics import diagnose
 from pruner_torch.gemma import KVCache
 from pruner_torch.layers import constant
@@ -192,7 +192,7 @@ def prune(
     encoded: "Encoded",
     selection: Selection,
     capacity: int | None,
-    operations: ModuleType = kernels,
+    operations: ModuleType = kernels_plain,
 ) -> "Prefix":
     """The prefix at inference, packed to `capacity`; None where the config does not prune."""
     if capacity is None:
