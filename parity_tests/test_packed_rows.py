@@ -217,11 +217,9 @@ def in_float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     ("name", "function", "arguments"), list(cases(torch.float32, ((2, 5),))), ids=lambda each: ""
 )
 def test_without_such_a_gpu_packed_rows_give_the_same(name, function, arguments):
-    """By a library's products, which `kernels` has for float32."""
+    """By a library's products, which `kernels` takes for packed rows in float32."""
     expected = computed(kernels_plain, function, arguments)
     for module in (kernels, kernels_plain):
-        if module is kernels and HOPPER:
-            continue
         for found, exact in zip(
             computed(module, function, packed(arguments)), expected, strict=True
         ):

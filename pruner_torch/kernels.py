@@ -89,7 +89,7 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
     kernels = layer.qkv, layer.out, layer.gate_up, layer.down
     if any(isinstance(kernel, Quantized) for kernel in kernels) or not available(layer.qkv):
         return False
-    if not layer.qkv.is_cuda or _capability(layer.qkv.device) != few_rows.CAPABILITY:
+    if not _is_hoppers(layer.qkv):
         return False
     heads, mlp = len(layer.out) // head_dim, len(layer.down)
     groups = (layer.qkv.shape[1] // head_dim - heads) // 2
@@ -149,10 +149,11 @@ def project(
     checks.check_normed(rows, kernel)
     checks.check_columns("added", added, kernel.shape[1])
     checks.check_projection(len(rows.x), kernel.shape[1], cos, sin, key, value, place, num_heads)
-    if not available(rows.x):
+    packed = plain.is_packed(rows.scaled)
+    if not available(rows.x) or (packed and not _is_hoppers(rows.x)):
         return plain.project(rows, kernel, added, cos, sin, key, value, place, num_heads)
     with torch.cuda.device_of(rows.x):
-        if plain.is_packed(rows.scaled):
+        if packed:
             call = _packed().project
         elif _is_of_few(rows.x, kernel) and num_heads and key.shape[-1] % 32 == 0:
             call = _launch().project
@@ -181,10 +182,11 @@ def gated(
     checks.check_normed(rows, gate_up)
     checks.check_halves("gate_up", gate_up)
     checks.check_columns("added", added, gate_up.shape[1])
-    if not available(rows.x):
+    packed = plain.is_packed(rows.scaled)
+    if not available(rows.x) or (packed and not _is_hoppers(rows.x)):
         return plain.gated(rows, gate_up, added)
     with torch.cuda.device_of(rows.x):
-        if plain.is_packed(rows.scaled):
+        if packed:
             return _packed().gated(rows, gate_up, added)
         call = _launch().gated if _is_of_few(rows.x, gate_up) else _launch().gelu_product
         return call(rows, gate_up, added)
@@ -211,19 +213,20 @@ def merge(
         ValueError: sizes, strides or dtypes do not fit.
     """
     checks.check_rows(residual)
-    if plain.is_packed(x):
+    packed = plain.is_packed(x)
+    if packed:
         checks.check_packed(x, len(residual), kernel.shape[0])
     else:
         checks.check_product(x, kernel)
     checks.check_columns("gate", gate, kernel.shape[1])
     checks.check_columns("scale", scale, kernel.shape[1])
-    expected = [len(residual if plain.is_packed(x) else x), kernel.shape[1]]
+    expected = [len(residual if packed else x), kernel.shape[1]]
     if list(residual.shape) != expected:
         raise ValueError(f"expected a residual of {expected}, got {list(residual.shape)}")
-    if not available(x):
+    if not available(x) or (packed and not _is_hoppers(x)):
         return plain.merge(x, kernel, residual, gate, scale)
     with torch.cuda.device_of(x):
-        if plain.is_packed(x):
+        if packed:
             return _packed().merge(x, kernel, residual, gate, scale)
         if _is_of_few(x, kernel):
             return _launch().merge(x, kernel, residual, gate, scale)
@@ -259,10 +262,11 @@ def attend(
     if key_mask is not None and key_mask.shape != (batch, keys):
         raise ValueError(f"expected a mask of {[batch, keys]}, got {list(key_mask.shape)}")
     checks.check_dense(key, value)
-    if not available(key):
+    in_tiles = isinstance(query, PackedQuery)
+    if not available(key) or (in_tiles and not _is_hoppers(key)):
         return plain.attend(query, key, value, key_mask, packed)
     with torch.cuda.device_of(key):
-        if isinstance(query, PackedQuery):
+        if in_tiles:
             return _packed().attend(query, key, value, key_mask)
         checks.check_dense(query)
         return _launch().attend(query, key, value, key_mask, packed)
@@ -365,6 +369,12 @@ def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:
     if isinstance(kernel, Quantized):
         return False
     return 0 < len(x) <= MAX_ROWS and _is_outputs_first(kernel)
+
+
+def _is_hoppers(x: Tensor) -> bool:
+    """Whether packed rows of such a tensor's device and dtype are CUDA C++'s."""
+    is_half = x.is_cuda and x.dtype == torch.bfloat16
+    return is_half and _capability(x.device) == few_rows.CAPABILITY
 
 
 def _is_outputs_first(kernel: Tensor) -> bool:
