@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax.triton_call import triton_call
 from pruner_kernels import pruner
-from pruner_kernels.tiles import cdiv, power_of_two
+from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles
 
 MAX_TASK = 256  # tokens; a program holds the weights of all of them
 
@@ -27,9 +27,8 @@ def importance_score(
 ) -> Float[Array, "P N N"]:
     """`pruner.importance_score`, in float32; of bfloat16, float16 or float32."""
     (pools, count, width), length = patches.shape, task.shape[1]
-    # 20 tiles of 16 rows a camera, 3 cameras: each reads its rows and 64 tasks, 320 KiB, from L2.
-    rows, columns = 16, min(max(power_of_two(length), 16), 64)
-    half = patches.dtype.itemsize == 2
+    tile = score_tiles(length, width, patches.dtype.itemsize)
+    rows = tile["ROWS"]
     logits, gram = triton_call(
         pruner.logits,
         {
@@ -44,11 +43,9 @@ def importance_score(
             "task_pool": length * width,
             "task_row": width,
             "WIDTH": width,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "INNER": min(max(power_of_two(width), 16), 128 if half else 64),
+            **tile,
         },
-        grid=(cdiv(count, rows) + cdiv(length, rows), cdiv(length, columns), pools),
+        grid=(cdiv(count, rows) + cdiv(length, rows), cdiv(length, tile["COLUMNS"]), pools),
         num_stages=4,
     )
     block = max(power_of_two(length), 16)
@@ -83,7 +80,6 @@ def elect(
     """`pruner.Selection`'s `kept` and `counts`, by float32 scores; see `pruner.select_hard`."""
     pools, count = patch_mask.shape
     budget = None if keep_tokens is None or isinstance(keep_tokens, int) else keep_tokens
-    block = max(power_of_two(count), 16)
     kept, counts, *_ = triton_call(
         pruner.elect,
         {
@@ -101,9 +97,7 @@ def elect(
             "mask_patch": 1,
             "HAS_BUDGET": budget is not None,
             "HAS_KEEP": keep_tokens is not None,
-            # 16384 scores at a time are 64 registers a thread.
-            "ROWS": min(max(16384 // block, 4), 64),
-            "BLOCK": block,
+            **election_tiles(count),
         },
         grid=(pools,),
         num_warps=8,

@@ -229,3 +229,26 @@ def tune_attention(
     others = ATTENTION_CANDIDATES if itemsize <= 2 else ()
     candidates = (attention_tiles(batch, rows, keys, itemsize, shared), *others)
     tune(_attention, ("attend", batch, rows, keys, itemsize), candidates, seconds)
+
+
+def score_tiles(task: int, width: int, itemsize: int) -> dict[str, int]:
+    """How `pruner.logits` is cut.
+
+    Args:
+        task: tokens.
+        width: of a token.
+        itemsize: bytes of an element.
+    """
+    # 20 tiles of 16 rows a camera, 3 cameras: each reads its rows and 64 tasks, 320 KiB, from L2.
+    return {
+        "ROWS": 16,
+        "COLUMNS": min(max(power_of_two(task), 16), 64),
+        "INNER": min(max(power_of_two(width), 16), 128 if itemsize == 2 else 64),
+    }
+
+
+def election_tiles(patches: int) -> dict[str, int]:
+    """How `pruner.elect` is cut: rows of the scores of so many patches, a turn."""
+    block = max(power_of_two(patches), 16)
+    # 16384 scores at a time are 64 registers a thread.
+    return {"ROWS": min(max(16384 // block, 4), 64), "BLOCK": block}

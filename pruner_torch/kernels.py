@@ -87,9 +87,9 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
         head_dim: of its heads.
     """
     kernels = layer.qkv, layer.out, layer.gate_up, layer.down
-    if any(isinstance(kernel, Quantized) for kernel in kernels) or not available(layer.qkv):
+    if any(isinstance(kernel, Quantized) for kernel in kernels):
         return False
-    if not _is_hoppers(layer.qkv):
+    if not _has_kernel(layer.qkv, packed=True):
         return False
     heads, mlp = len(layer.out) // head_dim, len(layer.down)
     groups = (layer.qkv.shape[1] // head_dim - heads) // 2
@@ -150,7 +150,7 @@ def project(
     checks.check_columns("added", added, kernel.shape[1])
     checks.check_projection(len(rows.x), kernel.shape[1], cos, sin, key, value, place, num_heads)
     packed = plain.is_packed(rows.scaled)
-    if not available(rows.x) or (packed and not _is_hoppers(rows.x)):
+    if not _has_kernel(rows.x, packed):
         return plain.project(rows, kernel, added, cos, sin, key, value, place, num_heads)
     with torch.cuda.device_of(rows.x):
         if packed:
@@ -183,7 +183,7 @@ def gated(
     checks.check_halves("gate_up", gate_up)
     checks.check_columns("added", added, gate_up.shape[1])
     packed = plain.is_packed(rows.scaled)
-    if not available(rows.x) or (packed and not _is_hoppers(rows.x)):
+    if not _has_kernel(rows.x, packed):
         return plain.gated(rows, gate_up, added)
     with torch.cuda.device_of(rows.x):
         if packed:
@@ -223,7 +223,7 @@ def merge(
     expected = [len(residual if packed else x), kernel.shape[1]]
     if list(residual.shape) != expected:
         raise ValueError(f"expected a residual of {expected}, got {list(residual.shape)}")
-    if not available(x) or (packed and not _is_hoppers(x)):
+    if not _has_kernel(x, packed):
         return plain.merge(x, kernel, residual, gate, scale)
     with torch.cuda.device_of(x):
         if packed:
@@ -263,7 +263,7 @@ def attend(
         raise ValueError(f"expected a mask of {[batch, keys]}, got {list(key_mask.shape)}")
     checks.check_dense(key, value)
     in_tiles = isinstance(query, PackedQuery)
-    if not available(key) or (in_tiles and not _is_hoppers(key)):
+    if not _has_kernel(key, in_tiles):
         return plain.attend(query, key, value, key_mask, packed)
     with torch.cuda.device_of(key):
         if in_tiles:
@@ -369,6 +369,11 @@ def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:
     if isinstance(kernel, Quantized):
         return False
     return 0 < len(x) <= MAX_ROWS and _is_outputs_first(kernel)
+
+
+def _has_kernel(x: Tensor, packed: bool) -> bool:
+    """Whether Triton applies to tensors like this one; to packed rows, whether CUDA C++ does."""
+    return available(x) and (not packed or _is_hoppers(x))
 
 
 def _is_hoppers(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pruner_kernels import pruner
-from pruner_kernels.tiles import cdiv, power_of_two
+from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles
 
 MAX_TASK = 256  # tokens; a program holds the weights of all of them
 
@@ -29,13 +29,12 @@ def importance_score(
     patches, task = (x if x.stride(-1) == 1 else x.contiguous() for x in (patches, task))
     logits = torch.empty((pools, count, length), dtype=torch.float32, device=device)
     gram = torch.empty((pools, length, length), dtype=torch.float32, device=device)
-    # 20 tiles of 16 rows a camera, 3 cameras: each reads its rows and 64 tasks, 320 KiB, from L2.
-    rows, columns = 16, min(max(power_of_two(length), 16), 64)
-    inner = min(max(power_of_two(width), 16), 128 if patches.itemsize == 2 else 64)
+    tile = score_tiles(length, width, patches.itemsize)
+    rows = tile["ROWS"]
     tiles = cdiv(count, rows) + cdiv(length, rows)
-    pruner.logits[(tiles, cdiv(length, columns), pools)](
+    pruner.logits[(tiles, cdiv(length, tile["COLUMNS"]), pools)](
         patches, task, logits, gram, count, length, *patches.stride()[:2], *task.stride()[:2],
-        WIDTH=width, ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=4, num_stages=4,
+        WIDTH=width, **tile, num_warps=4, num_stages=4,
     )  # fmt: skip
     scores = torch.empty((pools, count, count), dtype=torch.float32, device=device)
     block = max(power_of_two(length), 16)
@@ -61,13 +60,10 @@ def elect(
     counts = torch.empty((pools, 1, 2), dtype=torch.int64, device=device)
     votes = torch.empty((pools, count), dtype=torch.int32, device=device)
     best = torch.empty((pools, count), dtype=torch.float32, device=device)
-    block = max(power_of_two(count), 16)
-    # 16384 scores at a time are 64 registers a thread.
-    rows = min(max(16384 // block, 4), 64)
     pruner.elect[(pools,)](
         scores.contiguous(), patch_mask, budget, kept, counts, votes, best, count, keep, min_keep,
         *patch_mask.stride(), HAS_BUDGET=budget is not None, HAS_KEEP=keep_tokens is not None,
-        ROWS=rows, BLOCK=block, num_warps=8,
+        **election_tiles(count), num_warps=8,
     )  # fmt: skip
     return kept, counts
 
