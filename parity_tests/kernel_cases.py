@@ -257,7 +257,6 @@ def embed_actions(numbers: Numbers) -> Iterator[Case]:
     for batch, horizon, actions, width in (
         (1, 50, ACTION_DIM, WIDTH),
         (2, 3, 5, 37),
-        (2, 3, 5, 64),
         (1, 1, 1, 8),
     ):
         noisy = numbers.actions(batch, horizon, actions)
@@ -266,10 +265,6 @@ def embed_actions(numbers: Numbers) -> Iterator[Case]:
         expected = double(noisy).reshape(-1, actions) @ double(kernel) + double(bias)
         call = calling("embed_actions", noisy, kernel, bias, scale, numbers.dtype)
         yield Case(f"{batch}x{horizon} x {actions}", "embed_actions", call, expected, scale)
-        if width % 32 == 0:
-            call = calling("embed_actions", noisy, kernel, bias, scale, numbers.dtype, True)
-            name = f"{batch}x{horizon} x {actions}, packed"
-            yield Case(name, "embed_actions", call, expected, scale)
 
 
 def euler_step(numbers: Numbers) -> Iterator[Case]:

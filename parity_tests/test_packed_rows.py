@@ -23,7 +23,7 @@ if "torch" not in BACKENDS:
     pytest.skip("without torch", allow_module_level=True)
 
 ROOT = pathlib.Path(__file__).parent.parent
-WIDTH, MLP, HEADS, HEAD_DIM = 1024, 4096, 8, 256  # of π0.5's action expert
+WIDTH, MLP, HEADS, HEAD_DIM, ACTIONS = 1024, 4096, 8, 256, 32  # of π0.5's action expert
 EXPERT = {"width": WIDTH, "mlp": MLP, "heads": HEADS, "groups": 1, "head_dim": HEAD_DIM}
 HOPPER = (
     DEVICE == "cuda"
@@ -98,6 +98,8 @@ def launches(rows: int, width: int, mlp: int, heads: int, head_dim: int) -> list
     if few_rows.attends(most, head_dim):
         given.append(few_rows.attend(1, rows, heads, head_dim, rows + 9, rows + 9, True))
         given.append(few_rows.attend(1, rows, heads, head_dim, most, most, False))
+    given.append(few_rows.embed_actions(rows, ACTIONS, width))
+    given.append(few_rows.euler_step(rows, width, parts, ACTIONS, -0.1))
     return given
 
 
@@ -163,7 +165,7 @@ def cases(dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]) -> Iterator[tu
             x, residual = small(count, inputs), small(count, WIDTH)
             given = (x, kernel(inputs, WIDTH), residual, *vectors)
             yield f"merge {name} of {inputs}", "merge", given
-        for keys in (length + 7, 178, 306):
+        for keys in (length + 7, 178, 306, 1018):
             query = 2 * HEAD_DIM**-0.5 * small(batch, length, HEADS, HEAD_DIM)
             past = [small(batch, keys, 1, HEAD_DIM) for _ in "kv"]
             mask = wide(batch, keys) < 0.3
@@ -171,11 +173,20 @@ def cases(dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]) -> Iterator[tu
             for masked in (None, mask):
                 kind = "all" if masked is None else "masked"
                 yield f"attend {name} of {keys}, {kind}", "attend", (query, *past, masked)
+        noisy, bias = wide(batch, length, ACTIONS), wide(WIDTH)
+        given = (noisy, wide(ACTIONS, WIDTH) / 8, bias, 1 + wide(WIDTH), dtype)
+        yield f"embed_actions {name}", "embed_actions", given
+        squares = WIDTH / 16 * (0.5 + wide(16, count).square())
+        rows = Rows(small(count, WIDTH), small(count, WIDTH), squares)
+        onto = wide(WIDTH, ACTIONS) / 32, wide(ACTIONS), noisy, -0.1
+        yield f"euler_step {name}", "euler_step", (rows, 1 + wide(WIDTH), wide(WIDTH), *onto)
 
 
 def packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same, the first packed; and of attention, that it is to be."""
+    """The same, the first packed; of attention and of what embeds actions, that it is to be."""
     first, *others = arguments
+    if isinstance(others[-1], torch.dtype):
+        return *arguments, True
     if isinstance(first, Rows):
         first = Rows(first.x, kernels_plain.pack(first.scaled), first.squares)
     elif first.ndim == 4:
@@ -191,8 +202,11 @@ def computed(module: Any, function: str, arguments: tuple[Any, ...]) -> list[np.
     found = getattr(module, function)(*copies)
     first = arguments[0]
     count = len(first.x) if isinstance(first, Rows) else first.shape[0] * first.shape[1]
-    if isinstance(found, Rows):
-        found = [found.x, kernels_plain.unpack(found.scaled, len(found.x)), found.squares.sum(0)]
+    if function == "euler_step":
+        found = [found]
+    elif isinstance(found, Rows):
+        scaled = kernels_plain.unpack(found.scaled, len(found.x))
+        found = [found.x, scaled, found.squares.sum(0)]
     elif function == "project":
         query, *caches = found
         query = kernels_plain.unpack_query(query) if isinstance(query, PackedQuery) else query
@@ -243,7 +257,7 @@ def test_what_takes_packed_rows(size):
 
 
 @needs_hopper
-@pytest.mark.parametrize("change", ["", "dtype", "inputs first", "no such GPU"])
+@pytest.mark.parametrize("change", ["", "dtype", "inputs first", "no such GPU", "actions"])
 def test_who_packs(change):
     """An expert's layers whose kernels lie outputs first, in bfloat16."""
     shapes = [(WIDTH, (HEADS + 2) * HEAD_DIM), (HEADS * HEAD_DIM, WIDTH)]
@@ -255,8 +269,9 @@ def test_who_packs(change):
         made[2] = made[2].contiguous()
     qkv, out, gate_up, down = made
     layer = ExpertLayer(None, qkv, out, None, gate_up, down)
-    assert kernels.packs(50, layer, HEAD_DIM) == (change == "")
-    assert not kernels_plain.packs(50, layer, HEAD_DIM)
+    actions = 7 if change == "actions" else ACTIONS
+    assert kernels.packs(50, layer, HEAD_DIM, actions) == (change == "")
+    assert not kernels_plain.packs(50, layer, HEAD_DIM, actions)
 
 
 @needs_nvrtc
@@ -271,7 +286,7 @@ def test_threads_have_the_registers_that_they_use(rows, tmp_path):
     )
     assert 128 * bringing + 256 * computing <= 1 << 16
     for launch in launches(rows, WIDTH, MLP, HEADS, HEAD_DIM):
-        if not launch.kernel.startswith("attend"):
+        if launch.threads == 384:  # those whose threads divide the work
             file = tmp_path / "launch.cubin"
             file.write_bytes(few_rows.compiled(launch)[1])
             listing = subprocess.run(

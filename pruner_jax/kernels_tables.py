@@ -98,7 +98,7 @@ def embed_actions(
     if step is not None:
         scale += tl.load(step) * SCALE_STRIDE
     rows.embed_actions(
-        noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK, 0,
+        noisy, kernel, bias, scale, out, scaled, squares, WIDTH, ACTIONS, ACTIONS_BLOCK, BLOCK,
     )  # fmt: skip
 
 

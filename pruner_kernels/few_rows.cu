@@ -93,6 +93,11 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return both;
 }
 __device__ __forceinline__ bf16 rounded(float x) { return (bf16)pack(x, 0); }
+__device__ __forceinline__ float all_lanes(float sum) {
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    return sum;
+}
 
 // ------------------------------------------------------------------------------ parts of a launch
 
@@ -491,14 +496,18 @@ KERNEL merge(const bf16 *x, const bf16 *kernel, const bf16 *residual, const bf16
 }
 
 // Softmax attention of a tile of packed queries, all heads to the same KEYS of ROOM in memory, the
-// last LENGTH of which a launch before this one has written; the result is packed. A warpgroup has
-// 64 keys, straight in registers; weights and values are multiplied by mma.
-template <int DIM, int CHUNKS> struct Attend {
-    static constexpr int WARPS = 4 * CHUNKS;
+// last LENGTH of which a launch before this one has written; the result is packed. SHARING blocks, a
+// cluster, take turns at 16 keys, which a warp of theirs has straight in registers; weights and
+// values are multiplied by mma. A block finishes its share of the elements: it is sent everyone's
+// sums of exponentials, and of values times them, over their own largest logit.
+template <int DIM, int KEYS, int SHARING> struct Attend {
+    static constexpr int PARTS = ((KEYS + 15) / 16 + SHARING - 1) / SHARING;  // of 16 keys, a block
+    static constexpr int WARPS = (PARTS + 3) / 4 * 4, ELEMENTS = DIM / 32 / SHARING;  // 32 each
     bf16 query[QUERIES * DIM];
-    alignas(16) bf16 value[64 * CHUNKS][DIM + 8], weights[QUERIES][64 * CHUNKS + 8];
+    alignas(16) bf16 value[16 * PARTS][DIM + 8], weights[QUERIES][16 * PARTS + 8];
+    alignas(16) float4 totals[SHARING][ELEMENTS][2][2][32], extremes[SHARING][QUERIES];
     float tops[WARPS][QUERIES], sums[WARPS][QUERIES];
-    alignas(16) u64 query_arrived;
+    u64 query_arrived, all_parts;
 };
 __device__ __forceinline__ float exp2_(float x) {
     float y;
@@ -509,57 +518,63 @@ __device__ __forceinline__ float exp2_(float x) {
 #define LOAD_MATRICES(m, kind, place) \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" kind ".shared.b16 {%0, %1, %2, %3}, [%4];" \
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(address(place)) : "memory")
-__device__ __forceinline__ void multiply_few(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// Of 16 rows and 8 columns, the n-th of such: two rows' two columns a thread.
+__device__ __forceinline__ void multiply_few(float (&d)[2][8], int n, const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
                  "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "+f"(d[0][2 * n]), "+f"(d[0][2 * n + 1]), "+f"(d[1][2 * n]), "+f"(d[1][2 * n + 1])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-template <int HEADS, int DIM, int LENGTH, int KEYS, int ROOM, bool MASKED>
-__global__ void __launch_bounds__((KEYS + 63) / 64 * 128, 1)
+template <int HEADS, int DIM, int LENGTH, int KEYS, int ROOM, bool MASKED, int SHARING>
+__cluster_dims__(SHARING, 1, 1)
+__global__ void __launch_bounds__(32 * Attend<DIM, KEYS, SHARING>::WARPS, 1)
 attend(const bf16 *query, const bf16 *key, const bf16 *value, const byte *mask, bf16 *out) {
-    constexpr int CHUNKS = (KEYS + 63) / 64, WARPS = 4 * CHUNKS;
-    using Here = Attend<DIM, CHUNKS>;
+    using Here = Attend<DIM, KEYS, SHARING>;
     static_assert(sizeof(Here) == SHARED, "");
+    constexpr int PARTS = Here::PARTS, WARPS = Here::WARPS, ELEMENTS = Here::ELEMENTS;
     Here &here = *(Here *)shared;
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
-    int sample = blockIdx.y;
+    int sample = blockIdx.y, tile = blockIdx.x / SHARING, block = blockIdx.x % SHARING;
     if (threadIdx.x == 0) {
         start(here.query_arrived, 1);
+        start(here.all_parts, 1);
         started();
+        expect(here.all_parts, sizeof(here.totals) + sizeof(here.extremes));
     }
     __syncthreads();
+    arrive_in_cluster();
     key += (size_t)sample * ROOM * DIM, value += (size_t)sample * ROOM * DIM;
 
-    // A warp has 16 keys, a thread two of them; and a row's share of their values, where registers
-    // are left for that.
-    constexpr int AT_ONCE = DIM / 8 / 32;  // 16 bytes of a row, a thread
-    int keys[2] = {16 * warp + row, 16 * warp + row + 8};
-    uint4 first[DIM / 32], second[DIM / 32], values[16][AT_ONCE];
+    // A thread has two of its warp's keys; and a row's share of their values, where registers are
+    // left for that.
+    constexpr bool AT_ONCE = WARPS <= 12;
+    constexpr int SHARE = DIM / 8 / 32;  // 16 bytes of a row, a thread
+    int begin = 16 * (block + SHARING * warp), keys[2] = {begin + row, begin + row + 8};
+    uint4 first[DIM / 32] = {}, second[DIM / 32] = {}, values[16][SHARE];
     auto ask_values = [&] {
 #pragma unroll
         for (int i = 0; i < 16; ++i)
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                int place = 16 * warp + i;
+            for (int j = 0; j < SHARE; ++j) {
                 values[i][j] = {0, 0, 0, 0};
-                if (place < KEYS) values[i][j] = load_once(value + place * DIM + 256 * j + 8 * lane);
+                if (begin + i < KEYS) values[i][j] = load_once(value + (begin + i) * DIM + 256 * j + 8 * lane);
             }
     };
     auto ask = [&] {
         const bf16 *from = key + min(keys[0], KEYS - 1) * DIM + 8 * quad;
         const bf16 *other = key + min(keys[1], KEYS - 1) * DIM + 8 * quad;
+        if (begin < KEYS)
 #pragma unroll
-        for (int i = 0; i < DIM / 32; ++i) first[i] = load_once(from + 32 * i), second[i] = load_once(other + 32 * i);
-        if (CHUNKS <= 3) ask_values();
+            for (int i = 0; i < DIM / 32; ++i) first[i] = load_once(from + 32 * i), second[i] = load_once(other + 32 * i);
+        if (AT_ONCE) ask_values();
     };
-    bool was_there = 16 * warp + 16 <= KEYS - LENGTH;
+    bool was_there = begin + 16 <= KEYS - LENGTH;
     if (was_there) ask();
     let_next_launch();
     after_last_launch();
     if (threadIdx.x == 0) {
         expect(here.query_arrived, sizeof(here.query));
-        const bf16 *from = query + ((size_t)sample * gridDim.x + blockIdx.x) * QUERIES * DIM;
+        const bf16 *from = query + ((size_t)sample * (gridDim.x / SHARING) + tile) * QUERIES * DIM;
         copy(here.query, from, sizeof(here.query), here.query_arrived);
     }
     if (!was_there) ask();
@@ -580,7 +595,7 @@ attend(const bf16 *query, const bf16 *key, const bf16 *value, const byte *mask, 
         else multiply(d, a.z, b.z, a.w, b.w, tile, 1);
     }
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (CHUNKS > 3) ask_values();
+    if (!AT_ONCE) ask_values();
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         int which = i / 2 % 2;
@@ -594,55 +609,163 @@ attend(const bf16 *query, const bf16 *key, const bf16 *value, const byte *mask, 
         if (row == 0) here.tops[warp][i / 2 * 8 + 2 * quad + i % 2] = top;
     }
     __syncthreads();
+    // Of a block without any key the largest logit is below all that there are, its sums are 0.
+    auto largest = [&](int column) {
+        float top = 1.4f * MASKED_VALUE;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, here.tops[w][column]);
+        return top;
+    };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         int column = i / 2 * 8 + 2 * quad + i % 2;
-        float top = here.tops[0][column], sum = 0;
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) top = fmaxf(top, here.tops[w][column]);
+        float top = largest(column), sum = 0;
 #pragma unroll
         for (int which = 0; which < 2; ++which) {
             float weight = exp2_(d[i / 2 * 4 + 2 * which + i % 2] - top);
             sum += weight;
-            here.weights[column][keys[which]] = rounded(weight);
+            if (warp < PARTS) here.weights[column][16 * warp + row + 8 * which] = rounded(weight);
         }
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
         if (row == 0) here.sums[warp][column] = sum;
     }
+    if (warp < PARTS)
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
+        for (int i = 0; i < 16; ++i)
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) *(uint4 *)&here.value[16 * warp + i][256 * j + 8 * lane] = values[i][j];
+            for (int j = 0; j < SHARE; ++j) *(uint4 *)&here.value[16 * warp + i][256 * j + 8 * lane] = values[i][j];
+    wait_for_all_of_cluster();
     __syncthreads();
 
-    // 32 elements of the result a warp.
-    for (int block = warp; block < DIM / 32; block += WARPS) {
-        float total[4][4] = {};
+    u32 arrived = address(&here.all_parts);
+    if (threadIdx.x < SHARING * QUERIES) {
+        int column = threadIdx.x % QUERIES, there = threadIdx.x / QUERIES;
+        float both[4] = {largest(column)};
 #pragma unroll
-        for (int k = 0; k < 64 * CHUNKS; k += 16) {
+        for (int w = 0; w < WARPS; ++w) both[1] += here.sums[w][column];
+        send(of_block(address(&here.extremes[block][column]), there), both, of_block(arrived, there));
+    }
+    // 32 elements of the result a warp.
+    for (int part = warp; part < ELEMENTS * SHARING; part += WARPS) {
+        float total[2][8] = {};  // of two queries
+#pragma unroll
+        for (int k = 0; k < 16 * PARTS; k += 16) {
             u32 a[4], b[4];
             LOAD_MATRICES(a, "", &here.weights[lane % 16][k + lane / 16 * 8]);
 #pragma unroll
             for (int n = 0; n < 4; n += 2) {
-                LOAD_MATRICES(b, ".trans", &here.value[k + lane % 16][32 * block + 8 * n + lane / 16 * 8]);
-                multiply_few(total[n], a, b[0], b[1]);
-                multiply_few(total[n + 1], a, b[2], b[3]);
+                LOAD_MATRICES(b, ".trans", &here.value[k + lane % 16][32 * part + 8 * n + lane / 16 * 8]);
+                multiply_few(total, n, a, b[0], b[1]);
+                multiply_few(total, n + 1, a, b[2], b[3]);
             }
         }
+        int there = part / ELEMENTS;
+        auto &to = here.totals[block][part % ELEMENTS];
 #pragma unroll
-        for (int which = 0; which < 2; ++which) {
-            int local = row + 8 * which, pair = QUERIES * blockIdx.x + local;
-            int token = pair / HEADS, head = pair % HEADS;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += here.sums[w][local];
-            u32 both[4];
-#pragma unroll
-            for (int n = 0; n < 4; ++n) both[n] = pack(total[n][2 * which] / sum, total[n][2 * which + 1] / sum);
-            // A thread's eight elements are adjacent in memory, packed.
-            int place = (((head * DIM / 32 + block) * 4 + quad) * N + sample * LENGTH + token) * 8;
-            if (token < LENGTH) *(uint4 *)(out + place) = {both[0], both[1], both[2], both[3]};
-        }
+        for (int i = 0; i < 4; ++i)
+            send(of_block(address(&to[i / 2][i % 2][lane]), there), total[i / 2] + i % 2 * 4, of_block(arrived, there));
     }
+    wait_for_cluster(here.all_parts);
+    for (int i = warp; i < 2 * ELEMENTS; i += WARPS) {
+        int which = i % 2, local = row + 8 * which, pair = QUERIES * tile + local;
+        int token = pair / HEADS, head = pair % HEADS, part = ELEMENTS * block + i / 2;
+        float top = here.extremes[0][local].x, sum = 0, total[8] = {};
+#pragma unroll
+        for (int p = 1; p < SHARING; ++p) top = fmaxf(top, here.extremes[p][local].x);
+#pragma unroll
+        for (int p = 0; p < SHARING; ++p) {
+            float4 theirs = here.extremes[p][local];
+            float factor = exp2_(theirs.x - top);
+            sum += factor * theirs.y;
+            float4 y = here.totals[p][i / 2][which][0][lane], z = here.totals[p][i / 2][which][1][lane];
+            total[0] += factor * y.x, total[1] += factor * y.y, total[2] += factor * y.z, total[3] += factor * y.w;
+            total[4] += factor * z.x, total[5] += factor * z.y, total[6] += factor * z.z, total[7] += factor * z.w;
+        }
+        // A thread's eight elements are adjacent in memory, packed.
+        u32 both[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) both[n] = pack(total[2 * n] / sum, total[2 * n + 1] / sum);
+        int place = (((head * DIM / 32 + part) * 4 + quad) * N + sample * LENGTH + token) * 8;
+        if (token < LENGTH) *(uint4 *)(out + place) = {both[0], both[1], both[2], both[3]};
+    }
+}
+
+// What lies between two steps: a block has an action, in float32 until its token is written. All of
+// its weights are asked for before anything else.
+
+// Tokens of noisy actions, as `rows.embed_actions`; what is scaled is packed. Two elements a thread.
+template <int ACTIONS, int WIDTH>
+__global__ void __launch_bounds__(WIDTH / 2)
+embed_actions(const float *noisy, const float *kernel, const float *bias, const float *scale,
+              bf16 *out, bf16 *scaled, float *squares) {
+    int action = blockIdx.x, k = 2 * threadIdx.x;
+    float2 weights[ACTIONS], y = *(const float2 *)(bias + k), s = *(const float2 *)(scale + k);
+#pragma unroll
+    for (int a = 0; a < ACTIONS; ++a) weights[a] = __ldg((const float2 *)(kernel + a * WIDTH + k));
+    // In this order: what comes later may read what was written before the first of these launches.
+    after_last_launch();
+    let_next_launch();
+    float given[ACTIONS];
+#pragma unroll
+    for (int a = 0; a < ACTIONS; a += 4) *(float4 *)(given + a) = __ldcg((const float4 *)(noisy + action * ACTIONS + a));
+#pragma unroll
+    for (int a = 0; a < ACTIONS; ++a) y.x += given[a] * weights[a].x, y.y += given[a] * weights[a].y;
+    u32 both = pack(y.x, y.y);
+    float first = low(both), second = high(both);
+    *(u32 *)(out + action * WIDTH + k) = both;
+    *(u32 *)(scaled + packed(action, k)) = pack(first * s.x, second * s.y);
+    __shared__ float sums[WIDTH / 64];
+    float sum = all_lanes(first * first + second * second);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x) return;
+#pragma unroll
+    for (int w = 1; w < WIDTH / 64; ++w) sum += sums[w];
+    squares[action] = sum;
+}
+
+// An Euler step, as `rows.euler_step`: a thread has four elements of the velocity, of ACTIONS / 2
+// inputs. STEP is a float's bits.
+template <int WIDTH, int PARTS, int ACTIONS, int STEP>
+__global__ void __launch_bounds__(WIDTH / 2)
+euler_step(const bf16 *x, const float *squares, const float *scale, const float *shift,
+           const float *kernel, const float *bias, const float *noisy, float *out) {
+    constexpr int COLUMNS = ACTIONS / 4, INPUTS = ACTIONS / 2;  // of threads; a thread's
+    __shared__ __align__(16) float normed[WIDTH];
+    __shared__ float sums[WIDTH / 64][ACTIONS];
+    int action = blockIdx.x, k = 2 * threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int column = 4 * (threadIdx.x % COLUMNS), begin = threadIdx.x / COLUMNS * INPUTS;
+    float2 scaled = *(const float2 *)(scale + k), shifted = *(const float2 *)(shift + k);
+    float4 weights[INPUTS];
+#pragma unroll
+    for (int i = 0; i < INPUTS; ++i) weights[i] = __ldg((const float4 *)(kernel + (begin + i) * ACTIONS + column));
+    let_next_launch();
+    after_last_launch();
+    u32 both = __ldcg((const u32 *)(x + action * WIDTH + k));
+    float factor = all_lanes(lane < PARTS ? __ldcg(squares + lane * ROWS + action) : 0);
+    factor = rsqrtf(factor / WIDTH + EPSILON);
+    // As the plain path rounds it.
+    both = pack(low(both) * factor * scaled.x + shifted.x, high(both) * factor * scaled.y + shifted.y);
+    *(float2 *)(normed + k) = {low(both), high(both)};
+    __syncthreads();
+    float4 y = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < INPUTS; ++i) {
+        float each = normed[begin + i];
+        y.x += each * weights[i].x, y.y += each * weights[i].y, y.z += each * weights[i].z, y.w += each * weights[i].w;
+    }
+#pragma unroll
+    for (int lanes = COLUMNS; lanes < 32; lanes *= 2) {
+        y.x += __shfl_xor_sync(~0u, y.x, lanes), y.y += __shfl_xor_sync(~0u, y.y, lanes);
+        y.z += __shfl_xor_sync(~0u, y.z, lanes), y.w += __shfl_xor_sync(~0u, y.w, lanes);
+    }
+    if (lane < COLUMNS) *(float4 *)&sums[warp][column] = y;
+    __syncthreads();
+    int a = threadIdx.x, place = action * ACTIONS + a;
+    if (a >= ACTIONS) return;
+    float velocity = bias[a];
+#pragma unroll
+    for (int w = 0; w < WIDTH / 64; ++w) velocity += sums[w][a];
+    out[place] = __ldcg(noisy + place) + __int_as_float(STEP) * velocity;
 }

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pruner_kernels.tiles import HOPPER, cdiv
 CAPABILITY = (9, 0)  # Hopper's, whose instructions later GPUs do not have
 MAX_ROWS = 64
 MAX_PARTS = 16  # of the sums of squares
-MAX_KEYS = 320  # of attention: a block has a warpgroup for 64
+MAX_KEYS = 1024  # of attention: a block of a cluster has a warp for 16
+MAX_ACTIONS = 32  # numbers of an action: a thread has a weight of each in registers
 QUERIES = 16  # (token, head) pairs of a tile
 CHUNK = 128  # inputs that arrive together
 BLOCKS = 4  # of a cluster
@@ -77,6 +79,11 @@ def packed_shape(rows: int, width: int) -> tuple[int, int, int, int]:
 def attends(keys: int, head_dim: int) -> bool:
     """Whether `attend` applies, to whose queries `project` then gives its layout."""
     return 0 < keys <= MAX_KEYS and head_dim == 256
+
+
+def steps(actions: int) -> bool:
+    """Whether `embed_actions` and `euler_step` apply to actions of so many numbers."""
+    return actions in (8, 16, MAX_ACTIONS)
 
 
 def queries_shape(batch: int, length: int, heads: int, head_dim: int) -> tuple[int, ...]:
@@ -145,12 +152,31 @@ def attend(
         room: keys of a sample in memory.
         masked: whether a mask [B, keys] says which.
     """
-    chunks = cdiv(keys, 64)
-    sizes = f"{heads}, {head_dim}, {length}, {keys}, {room}, {int(masked)}"
-    shared = 2 * (QUERIES * head_dim + 64 * chunks * (head_dim + 8) + QUERIES * (64 * chunks + 8))
-    shared += 2 * 4 * chunks * QUERIES * 4 + 2 * 8
-    grid = cdiv(length * heads, QUERIES), batch, 1
-    return Launch(f"attend<{sizes}>", batch * length, grid, shared, 128 * chunks)
+    sharing = _sharing(keys)
+    parts = cdiv(cdiv(keys, 16), sharing)
+    warps = 4 * cdiv(parts, 4)
+    sizes = f"{heads}, {head_dim}, {length}, {keys}, {room}, {int(masked)}, {sharing}"
+    shared = 2 * (QUERIES * head_dim + 16 * parts * (head_dim + 8) + QUERIES * (16 * parts + 8))
+    shared += 64 * head_dim + sharing * QUERIES * 16 + 2 * 4 * warps * QUERIES + 2 * 8
+    grid = sharing * cdiv(length * heads, QUERIES), batch, 1
+    return Launch(f"attend<{sizes}>", batch * length, grid, shared, 32 * warps)
+
+
+def _sharing(keys: int) -> int:
+    """Blocks that share a tile's keys: as few as they fit in, so that the next launch finds room."""
+    return 2 if keys <= 256 else BLOCKS
+
+
+def embed_actions(rows: int, actions: int, width: int) -> Launch:
+    """`rows.embed_actions`, what is scaled is packed."""
+    return Launch(f"embed_actions<{actions}, {width}>", rows, (rows, 1, 1), 0, width // 2)
+
+
+def euler_step(rows: int, width: int, parts: int, actions: int, step: float) -> Launch:
+    """`rows.euler_step`, of as many actions as rows; what is new may be written over `noisy`."""
+    (bits,) = struct.unpack("i", struct.pack("f", step))
+    sizes = f"{width}, {parts}, {actions}, {bits}"
+    return Launch(f"euler_step<{sizes}>", rows, (rows, 1, 1), 0, width // 2)
 
 
 def _normed(rows: int, width: int, parts: int) -> int:

@@ -244,12 +244,9 @@ def euler_step(
 def embed_actions(
     noisy, kernel, bias, scale, out, scaled, squares,
     WIDTH: tl.constexpr, ACTIONS: tl.constexpr, ACTIONS_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An action's token, in float32 until it is written; that times a scale; its squares' sum.
-
-    PACKED is 0, or of how many packed rows what is scaled is.
-    """
+    """An action's token, in float32 until it is written; that times a scale; its squares' sum."""
     row = tl.program_id(0)
     a = tl.arange(0, ACTIONS_BLOCK)
     is_action = a < ACTIONS
@@ -265,5 +262,4 @@ def embed_actions(
     tl.store(out + row * WIDTH + k, rounded, mask=inside)
     y = tl.where(inside, rounded.to(tl.float32), 0)
     tl.store(squares + row, tl.sum(y * y, axis=0))
-    to = packed(row, k, PACKED) if PACKED else row * WIDTH + k
-    tl.store(scaled + to, (y * next_scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(scaled + row * WIDTH + k, (y * next_scale).to(out.dtype.element_ty), mask=inside)

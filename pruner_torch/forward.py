@@ -235,7 +235,8 @@ def _suffix_rows(
     kernel, bias = weights.action_in.kernel, weights.action_in.bias
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
         layer, head_dim = weights.action[0], model.config.paligemma.head_dim
-        packed = bool(schedule.attention) and operations.packs(len(x) * x.shape[1], layer, head_dim)
+        sizes = len(x) * x.shape[1], layer, head_dim, x.shape[2]
+        packed = bool(schedule.attention) and operations.packs(*sizes)
         return operations.embed_actions(x, kernel, bias, scale, model.dtype, packed)
     assert first is not None
     tokens = F.silu(

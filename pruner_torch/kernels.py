@@ -74,9 +74,9 @@ def _packed() -> ModuleType:
     return kernels_packed
 
 
-def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
-    """Whether a layer's products are the fastest of packed rows, as `embed_actions` and `attend`
-    write them where they are told to; from there on they remain packed.
+def packs(rows: int, layer: "ExpertLayer", head_dim: int, actions: int) -> bool:
+    """Whether a layer's products are the fastest of packed rows, as `embed_actions` writes them
+    where it is told to; from there on they remain packed.
 
     A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert; kernels that lie
     outputs first, and what an adaptive norm adds and gates.
@@ -85,6 +85,7 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
         rows: tokens of all samples.
         layer: its kernels.
         head_dim: of its heads.
+        actions: numbers of an action.
     """
     kernels = layer.qkv, layer.out, layer.gate_up, layer.down
     if any(isinstance(kernel, Quantized) for kernel in kernels):
@@ -94,7 +95,9 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
     heads, mlp = len(layer.out) // head_dim, len(layer.down)
     groups = (layer.qkv.shape[1] // head_dim - heads) // 2
     sizes = rows, len(layer.qkv), mlp, heads, groups, head_dim, 8 * layer.qkv.itemsize
-    if not few_rows.applies(*sizes) or not all(map(_is_outputs_first, kernels)):
+    if not (few_rows.applies(*sizes) and few_rows.steps(actions)):
+        return False
+    if not all(map(_is_outputs_first, kernels)):
         return False
     width = len(layer.qkv)
     return few_rows.compiles(few_rows.gated(rows, width, width // 64, mlp))
@@ -295,10 +298,14 @@ def embed_actions(
     checks.check_product(rows, kernel)
     checks.check_columns("bias", bias, kernel.shape[1])
     checks.check_columns("scale", scale, kernel.shape[1])
-    if not available(noisy) or not kernel.is_contiguous():
+    has_kernel = available(noisy) and kernel.is_contiguous()
+    if packed:
+        has_kernel &= _is_hoppers(noisy.device, dtype) and few_rows.steps(len(kernel))
+    if not has_kernel:
         return plain.embed_actions(noisy, kernel, bias, scale, dtype, packed)
     with torch.cuda.device_of(noisy):
-        return _launch().embed_actions(rows, kernel, bias, scale, dtype, packed)
+        call = _packed().embed_actions if packed else _launch().embed_actions
+        return call(rows, kernel, bias, scale, dtype)
 
 
 def euler_step(
@@ -326,10 +333,13 @@ def euler_step(
     checks.check_columns("scale", scale, rows.x.shape[1])
     checks.check_columns("shift", shift, rows.x.shape[1])
     checks.check_columns("bias", bias, kernel.shape[1])
-    if not available(noisy) or not available(rows.x) or not kernel.is_contiguous():
+    packed = plain.is_packed(rows.scaled)
+    has_kernel = available(noisy) and _has_kernel(rows.x, packed) and kernel.is_contiguous()
+    if not has_kernel:
         return plain.euler_step(rows, scale, shift, kernel, bias, noisy, step)
     with torch.cuda.device_of(noisy):
-        return _launch().euler_step(rows, scale, shift, kernel, bias, noisy.contiguous(), step)
+        call = _packed().euler_step if packed else _launch().euler_step
+        return call(rows, scale, shift, kernel, bias, noisy.contiguous(), step)
 
 
 def add_layer_norm(
@@ -373,13 +383,13 @@ def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:
 
 def _has_kernel(x: Tensor, packed: bool) -> bool:
     """Whether Triton applies to tensors like this one; to packed rows, whether CUDA C++ does."""
-    return available(x) and (not packed or _is_hoppers(x))
+    return available(x) and (not packed or _is_hoppers(x.device, x.dtype))
 
 
-def _is_hoppers(x: Tensor) -> bool:
-    """Whether packed rows of such a tensor's device and dtype are CUDA C++'s."""
-    is_half = x.is_cuda and x.dtype == torch.bfloat16
-    return is_half and _capability(x.device) == few_rows.CAPABILITY
+def _is_hoppers(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows of this device and dtype are CUDA C++'s."""
+    is_half = device.type == "cuda" and dtype == torch.bfloat16
+    return is_half and _capability(device) == few_rows.CAPABILITY
 
 
 def _is_outputs_first(kernel: Tensor) -> bool:

@@ -251,18 +251,16 @@ def embed_actions(
     bias: Float[Tensor, "E"],
     scale: Float[Tensor, "E"],
     dtype: torch.dtype,
-    packed: bool = False,
 ) -> Rows:
     """`kernels.embed_actions`."""
     actions, width = kernel.shape
     shape, noisy = (len(noisy), width), noisy.contiguous()
-    x = torch.empty(shape, dtype=dtype, device=noisy.device)
-    scaled = x.new_empty(packed_shape(*shape) if packed else shape)
+    x, scaled = (torch.empty(shape, dtype=dtype, device=noisy.device) for _ in range(2))
     squares = _squares(1, noisy)
     rows.embed_actions[(len(noisy),)](
         noisy, kernel, bias, scale, x, scaled, squares,
         WIDTH=width, ACTIONS=actions, ACTIONS_BLOCK=power_of_two(actions),
-        BLOCK=power_of_two(width), PACKED=scaled.shape[2] if packed else 0, num_warps=8,
+        BLOCK=power_of_two(width), num_warps=8,
     )  # fmt: skip
     return Rows(x, scaled, squares)
 

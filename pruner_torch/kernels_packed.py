@@ -99,6 +99,42 @@ def merge(
     return Rows(out, scaled, squares)
 
 
+def embed_actions(
+    noisy: Float[Tensor, "R A"],
+    kernel: Float[Tensor, "A E"],
+    bias: Float[Tensor, "E"],
+    scale: Float[Tensor, "E"],
+    dtype: torch.dtype,
+) -> Rows:
+    """`kernels.embed_actions`."""
+    _check_vectors(noisy, kernel, bias, scale)
+    rows, (actions, width) = len(noisy), kernel.shape
+    x = torch.empty(rows, width, dtype=dtype, device=noisy.device)
+    scaled = x.new_empty(packed_shape(rows, width))
+    squares = noisy.new_empty(1, rows)
+    launch = few_rows.embed_actions(rows, actions, width)
+    _run(launch, noisy.contiguous(), kernel, bias, scale, x, scaled, squares)
+    return Rows(x, scaled, squares)
+
+
+def euler_step(
+    given: Rows,
+    scale: Float[Tensor, "E"],
+    shift: Float[Tensor, "E"] | None,
+    kernel: Float[Tensor, "E A"],
+    bias: Float[Tensor, "A"],
+    noisy: Float[Tensor, "B H A"],
+    step: float,
+) -> Float[Tensor, "B H A"]:
+    """`kernels.euler_step`, of all tokens."""
+    _check_vectors(scale, shift, kernel, bias, noisy)
+    out = torch.empty_like(noisy)
+    (rows, width), actions = given.x.shape, noisy.shape[2]
+    launch = few_rows.euler_step(rows, width, len(given.squares), actions, step)
+    _run(launch, given.x, given.squares, scale, shift, kernel, bias, noisy, out)
+    return out
+
+
 def _check_adjacent(*caches: Float[Tensor, "B T 1 H"]) -> None:
     for cache in caches:
         head_dim = cache.shape[-1]
@@ -111,7 +147,7 @@ def _check_vectors(*vectors: Tensor | None, dtype: torch.dtype = torch.float32) 
     for vector in vectors:
         if vector is None or vector.dtype != dtype:
             found = "none" if vector is None else f"one in {vector.dtype}"
-            raise ValueError(f"expected a vector in {dtype} beside packed rows, got {found}")
+            raise ValueError(f"expected one in {dtype} beside packed rows, got {found}")
 
 
 def _run(launch: Launch, *arguments: Tensor | None) -> None:

@@ -55,7 +55,7 @@ class PackedQuery:
         return self.packed.shape[0], self.length, self.heads, 32 * self.packed.shape[2]
 
 
-def packs(rows: int, layer: Any, head_dim: int) -> bool:
+def packs(rows: int, layer: Any, head_dim: int, actions: int) -> bool:
     """`kernels.packs`: a library takes rows as they are."""
     return False
 
