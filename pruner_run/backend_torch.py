@@ -251,8 +251,9 @@ class TorchModel:
     def _on_device(
         self, observation: Observation, noise: np.ndarray
     ) -> tuple[Observation, torch.Tensor]:
-        there = self._model.prepare(observation)
-        return there, torch.as_tensor(noise, device=self._model.device).to(there.state.dtype)
+        device = self._model.device
+        there = self._model.prepare(observation).map(lambda array: array.to(device))
+        return there, torch.as_tensor(noise, device=device).to(there.state.dtype)
 
     def _finish(self, result: Any) -> Any:
         if self._model.device.type == "cuda":

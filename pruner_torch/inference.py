@@ -23,7 +23,7 @@ from pruner_torch.deployed import Schedule, clock_of, deploy, schedule
 from pruner_torch.forward import Cache, act, denoise, embed, encode, prefill
 from pruner_torch.gemma import Rotary
 from pruner_torch.graphs import Graphs
-from pruner_torch.layers import wide
+from pruner_torch.layers import as_float, wide
 from pruner_torch.pruner import Selection
 
 if TYPE_CHECKING:
@@ -118,10 +118,10 @@ class Sampler:
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
         """See `sampling.Stages`."""
 
-        def call(*inputs: Any) -> "tuple[Encoded, Selection]":
-            return encode(self.model, self._weights, *inputs, **self._ways)
+        def call(*inputs: Tensor) -> "tuple[Encoded, Selection]":
+            return encode(self.model, self._weights, *self._read(inputs), **self._ways)
 
-        return self._replayed(call, _inputs_of(observation, plan), (), ("encode",))
+        return self._replayed(call, self._inputs_of(observation, plan), (), ("encode",))
 
     def act(
         self,
@@ -153,10 +153,10 @@ class Sampler:
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
         """See `sampling.Stages`."""
 
-        def call(*inputs: Any) -> "Encoded":
-            return embed(self.model, self._weights, *inputs, **self._ways)
+        def call(*inputs: Tensor) -> "Encoded":
+            return embed(self.model, self._weights, *self._read(inputs), **self._ways)
 
-        return self._replayed(call, _inputs_of(observation, plan), (), ("embed",))
+        return self._replayed(call, self._inputs_of(observation, plan), (), ("embed",))
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -216,9 +216,29 @@ class Sampler:
     ) -> Any:
         """The result of a call; of a graph's, which the next one overwrites."""
         if self._graphs is None:
-            return call(*fresh, *standing)
-        shapes = tuple(tuple(x.shape) for x in (*fresh, *standing))
-        return self._graphs((*key, shapes), call, fresh, standing)
+            return call(*(x.to(self.model.device) for x in fresh), *standing)
+        kinds = tuple((x.shape, x.dtype) for x in (*fresh, *standing))
+        return self._graphs((*key, kinds), call, fresh, standing)
+
+    def _inputs_of(self, observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
+        """What `encode` reads of an observation, each a transfer, or a copy, a call.
+
+        Returns:
+            images, a camera each; the masks of cameras and prompt in one, [B, C + L]; the prompt.
+        """
+        length = plan.prompt_length
+        masks = [observation.image_masks[camera][:, None] for camera in plan.cameras]
+        masks.append(observation.tokenized_prompt_mask[:, :length])
+        if any(mask.device.type != "cpu" for mask in masks):
+            masks = [mask.to(self.model.device) for mask in masks]
+        images = (observation.images[camera] for camera in plan.cameras)
+        return *images, torch.cat(masks, dim=1), observation.tokenized_prompt[:, :length]
+
+    def _read(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, camera mask, prompt and prompt mask, of what `_inputs_of` gives."""
+        *given, masks, prompt = inputs
+        images = torch.stack([as_float(image, wide(self.model.dtype)) for image in given], dim=1)
+        return images, masks[:, : len(given)], prompt, masks[:, len(given) :]
 
     def _tune(self, prefix: int) -> None:
         """Times tiles, if asked to, before what reads so long a prefix is captured."""
@@ -229,6 +249,9 @@ class Sampler:
         config, expert = self.model.config, self.model.config.action_expert
         has_kernel = config.pi05 and expert.num_kv_heads == 1  # see `_attend`
         rows = config.suffix_length
+        sizes = rows, self._weights.action[0], expert.head_dim, config.action_dim
+        if config.pi05 and kernels.packs(*sizes):
+            return  # CUDA C++ has no tiles to choose
         keys = prefix + rows if has_kernel else None
         kernels_autotune.autotune(self._weights.action, rows, keys, expert.head_dim)
 
@@ -270,16 +293,6 @@ def tried(
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     logger.warning("the fast way is not taken, %s; the plain one is slower", reason)
     return sampling.PlainStages(model)
-
-
-def _inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
-    """What `encode` reads of an observation: images, camera mask, prompt, prompt mask."""
-    return (
-        torch.stack([observation.images[camera] for camera in plan.cameras], dim=1),
-        torch.stack([observation.image_masks[camera] for camera in plan.cameras], dim=1),
-        observation.tokenized_prompt[:, : plan.prompt_length],
-        observation.tokenized_prompt_mask[:, : plan.prompt_length],
-    )
 
 
 def _tensors(record: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -170,17 +171,18 @@ class Pi0(nn.Module):
         """Tokens of the images and of the prompt.
 
         Args:
-            observation: of tensors, on the model's device.
+            observation: as `prepare` gives it.
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        images = [observation.images[camera] for camera in cameras]
-        masks = [observation.image_masks[camera] for camera in cameras]
+        device, dtype = self.device, wide(self.dtype)
+        images = [as_float(observation.images[camera].to(device), dtype) for camera in cameras]
+        masks = [observation.image_masks[camera].to(device) for camera in cameras]
         return self.embed(
             torch.stack(images, dim=1),
             torch.stack(masks, dim=1),
-            observation.tokenized_prompt[:, :prompt_length],
-            observation.tokenized_prompt_mask[:, :prompt_length],
+            observation.tokenized_prompt[:, :prompt_length].to(device),
+            observation.tokenized_prompt_mask[:, :prompt_length].to(device),
         )
 
     def embed(
@@ -408,7 +410,7 @@ class Pi0(nn.Module):
         encoded = self.encode(observation)
         pruned = self._pruned(encoded, pruner_noise, train)
         prefix = self.assemble(encoded, pruned)
-        suffix = self.embed_suffix(observation.state, noisy_actions, time)
+        suffix = self.embed_suffix(self._as_wide(observation.state), noisy_actions, time)
         _, output = self.joint(prefix, suffix)
         loss = (self._velocity(output) - (noise - actions)).square().mean(dim=-1)
         return LossTerms(loss=loss, encoded=encoded, pruned=pruned)
@@ -475,16 +477,19 @@ class Pi0(nn.Module):
         return sampling.sample_actions(self, observation, noise, num_steps)
 
     def prepare(self, observation: Observation) -> Observation:
-        """The observation as tensors on the model's device, checked against the config; images of
-        uint8 are scaled there."""
+        """The observation as tensors of the model's dtypes, checked against the config.
+
+        NumPy's arrays stay on the host, and images of uint8 as they are: what encodes them takes
+        them to the device, and scales those that it looks at.
+        """
         observation.check(self.config)
 
-        def move(array: Any) -> Tensor:
-            tensor = torch.as_tensor(array, device=self.device)
-            is_number = tensor.is_floating_point() or tensor.dtype == torch.uint8
-            return as_float(tensor, wide(self.dtype)) if is_number else tensor
+        def convert(array: Any) -> Tensor:
+            is_hosts = isinstance(array, np.ndarray)
+            tensor = torch.as_tensor(array, device=None if is_hosts else self.device)
+            return tensor.to(wide(self.dtype)) if tensor.is_floating_point() else tensor
 
-        return observation.map(move)
+        return observation.map(convert)
 
     @property
     def device(self) -> torch.device:

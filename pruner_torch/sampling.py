@@ -45,7 +45,10 @@ class Stages(Protocol):
         capacity: int | None,
         num_steps: int,
     ) -> Float[Tensor, "B H A"]:
-        """Actions, from at most `capacity` patches a sample; None for all as they stand."""
+        """Actions, from at most `capacity` patches a sample; None for all as they stand.
+
+        State and noise may be on the host.
+        """
         ...
 
     def expected(self, encoded: "Encoded") -> int | None:
@@ -159,7 +162,7 @@ def sample_actions(
     stages = PlainStages(model) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
-    noise = torch.as_tensor(noise, device=model.device).to(observation.state.dtype)
+    noise = torch.as_tensor(noise).to(observation.state.dtype)
     encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled:
         model.record.last = (plan.cameras, encoded, selection)
@@ -238,7 +241,7 @@ def denoise(
     """Euler steps from the noise at time 1 to the actions at time 0."""
     step = float(euler_step(num_steps))
     width = model.config.action_expert.width
-    x = noise
+    state, x = state.to(model.device), noise.to(model.device)
     for embedding in constant(euler_time_embeddings, (num_steps, width), x.dtype, x.device):
         x = x + step * model.velocity(prefix, cache, state, x, embedding)
     return x
