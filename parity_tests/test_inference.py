@@ -195,6 +195,8 @@ def test_jax_without_command_buffers(graphs, monkeypatch):
     expected = Deployed(BACKENDS["jax"], config, weights).sample(batch.observation, batch.noise)
     plain = BACKENDS["jax"].model(config, weights)
     jit = mock.Mock(wraps=jax.jit)
+    act = mock.Mock(wraps=BACKENDS["jax"].module("inference").act)
+    monkeypatch.setattr(BACKENDS["jax"].module("inference"), "act", act)
     with monkeypatch.context() as on_gpu:
         on_gpu.setattr(jax, "default_backend", lambda: "gpu")
         on_gpu.setattr(jax, "jit", jit)
@@ -204,6 +206,7 @@ def test_jax_without_command_buffers(graphs, monkeypatch):
     assert given == 7 * [None if graphs else {"xla_gpu_enable_command_buffer": ""}]
     found = sampler.sample_actions(batch.observation, BACKENDS["jax"].array(batch.noise))
     np.testing.assert_array_equal(np.asarray(found), expected)
+    assert act.call_args.kwargs["graphs"] == graphs  # what a `Chain` launches
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")

@@ -15,19 +15,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 JAX, TORCH = ROOT / "pruner_jax", ROOT / "pruner_torch"
 
 # The drop-in for users of openpi's PyTorch model, of which there is only one; CUDA graphs, which
-# XLA captures by itself; checks of strides, which JAX's arrays have not; and kernels whose launches
-# overlap, as XLA's do not.
+# XLA captures by itself; checks of strides, which JAX's arrays have not; and launches that overlap,
+# as XLA's do not, so that in JAX one call makes all of them.
 FILES_OF_TORCH_ALONE = {"openpi.py", "graphs.py"} | {
     f"kernels_{part}.py" for part in ("checks", "packed")
 }
-FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py"} | {
+FILES_OF_JAX_ALONE = {"triton_call.py", "tables.py", "chain.py", "ffi_handler.py"} | {
     f"kernels_{part}.py" for part in ("pointwise", "tables")
 }
 # Of one outline as far as they go, but for what they are told of a schedule's step and of strides.
 FILES_OF_EACH = {"kernels.py"} | {f"kernels_{part}.py" for part in ("launch", "plain", "vision")}
 # A framework's own; one twin may have them where the other has not.
 # JAX compiles a whole step; PyTorch compiles layers, if it is asked to, or has Triton's kernels.
-FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations"}
+# In PyTorch who calls captures a CUDA graph; in JAX what is called is told whether to.
+FRAMEWORK_ARGUMENTS = {"rngs", "device", "dtype", "key", "compiled", "operations", "graphs"}
 FRAMEWORK_NAMES = {
     "pi0.py: Pi0.device",
     "inference.py: _APART",  # PyTorch has kernels of its own, which are tried first

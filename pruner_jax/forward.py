@@ -3,15 +3,17 @@
 What `sampling` computes, but for rounding. No layer is asked for what nobody reads (the last one of
 the prefix gives keys and values alone), keys and values are written where the denoising steps read
 them, and what every call would compute again is looked up. Small products and attention go through
-`operations`: `kernels`, Triton's on a GPU, or `kernels_plain`.
+`operations`: `kernels`, Triton's on a GPU, or `kernels_plain`; or, of π0.5's denoising steps on
+Hopper, a `Chain`.
 
 Dimension letters: B batch, C cameras, N patches, L prompt tokens, S prefix, H suffix, T = S + H,
 D width, E width of the suffix, K heads, G kv heads, A action dim.
 """
 
 import dataclasses
+import functools
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax import kernels_plain, sampling
-from pruner_jax.deployed import Deployed, ExpertLayer, Schedule
+from pruner_jax.chain import Chain
+from pruner_jax.deployed import Affine, Deployed, ExpertLayer, Schedule
 from pruner_jax.forward_vision import apply_affine, see
 from pruner_jax.gemma import Rotary, rotary
 from pruner_jax.kernels import Rows
 from pruner_jax.layers import attend
 from pruner_jax.pruner import Selection
 from pruner_jax.tables import TableRow, value_of
+from pruner_kernels import few_rows
 
 if TYPE_CHECKING:
     from pruner_jax.pi0 import Encoded, Pi0, Prefix
@@ -103,6 +107,7 @@ def act(
     noise: Float[Array, "B H A"],
     capacity: int | None,
     operations: ModuleType = kernels_plain,
+    graphs: bool = True,
 ) -> Float[Array, "B H A"]:
     """Actions, from the tokens and the selection of `encode`.
 
@@ -115,10 +120,11 @@ def act(
         noise: standard normal.
         capacity: patches after pruning; None where nothing is pruned.
         operations: `kernels`, or `kernels_plain`.
+        graphs: whether what is launched by a `Chain` is captured.
     """
     prefix = sampling.prune(model, encoded, selection, capacity, operations)
     cache = prefill(model, weights, prefix, operations)
-    return denoise(model, weights, schedule, cache, state, noise, operations)
+    return denoise(model, weights, schedule, cache, state, noise, operations, graphs)
 
 
 def prefill(
@@ -155,34 +161,96 @@ def denoise(
     state: Float[Array, "B A"],
     noise: Float[Array, "B H A"],
     operations: ModuleType = kernels_plain,
+    graphs: bool = True,
 ) -> Float[Array, "B H A"]:
-    """Euler steps from the noise at time 1 to the actions at time 0."""
-    mask, place = _suffix_mask(model, cache.valid), cache.valid.shape[1]
+    """Euler steps from the noise at time 1 to the actions at time 0.
+
+    Args:
+        model, weights, schedule, state, noise, operations, graphs: see `act`.
+        cache: of the prefix.
+    """
+    place = cache.valid.shape[1]
     token = None if weights.state_in is None else apply_affine(state, weights.state_in)[:, None]
+    given = _Given(
+        weights=dataclasses.replace(
+            weights, action_in=_apart(weights.action_in), action_out=_apart(weights.action_out)
+        ),
+        schedule=schedule,
+        turns=_tables(cache.suffix),
+        mask=_suffix_mask(model, cache.valid),
+        token=token,
+    )
+    if not _has_chain(given, cache, noise, operations):
+        advance = functools.partial(_advance, model, given, place, operations)
+        steps = jnp.arange(schedule.steps, dtype=jnp.int32)
+        (x, _, _), _ = jax.lax.scan(advance, (noise, cache.key, cache.value), steps)
+        return x
+    chain: Any = Chain(graphs)  # in the place of `kernels`
+    given, past = chain.read(given), chain.written((cache.key, cache.value))
+    carry = chain.copied(noise), *past
+    steps: Any = range(schedule.steps)
+    for step in steps:
+        carry, _ = _advance(model, given, place, chain, carry, step)
+    return chain.run(carry[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What all denoising steps read.
+
+    Attributes:
+        weights: whose maps of actions have biases of their own.
+        schedule: the steps.
+        turns: cosines and sines of the suffix.
+        mask: see `_suffix_mask`.
+        token: π0's of the state.
+    """
+
+    weights: Deployed
+    schedule: Schedule
+    turns: tuple[Float[Array, "B H half"], Float[Array, "B H half"]]
+    mask: Bool[Array, "B *_ T"]
+    token: Float[Array, "B 1 E"] | None
+
+
+def _has_chain(given: _Given, cache: Cache, noise: Array, operations: ModuleType) -> bool:
+    """Whether the steps are launched by one call: those of π0.5, of sizes that have kernels."""
+    (batch, horizon, actions), (*_, head_dim) = noise.shape, cache.key[0].shape
+    return (
+        bool(given.schedule.attention)
+        and few_rows.steps(actions)
+        and few_rows.attends(given.mask.shape[-1], head_dim)
+        and operations.packs(batch * horizon, given.weights.action[0], head_dim)
+    )
+
+
+def _advance(
+    model: "Pi0",
+    given: _Given,
+    place: int,
+    operations: ModuleType,
+    carry: "_Carry",
+    step: Int[Array, ""],
+) -> "tuple[_Carry, None]":
+    """A step; the suffix's first token has this place. Over a `Chain` arrays are `Buffer`s."""
+    x, keys, values = carry
+    weights, schedule = given.weights, given.schedule
+    norms = _norms(weights, schedule, step)
+    scale, shift = _final_norm(weights, schedule, step)
+    first, *following = (*(each.attention_scale for each in norms), scale)
+    rows = _suffix_rows(model, weights, schedule, step, x, given.token, first, operations)
+    written = []
+    for i, layer in enumerate(weights.action):
+        past = keys[i], values[i]
+        rows, *both = _suffix_layer(
+            layer, norms[i], following[i], rows, given.turns, given.mask, past, place, operations
+        )
+        written.append(both)
     out = weights.action_out
-    assert out.bias is not None
-    out_bias = value_of(out.bias)
-
-    def advance(carry: _Carry, step: Int[Array, ""]) -> tuple[_Carry, None]:
-        x, keys, values = carry
-        norms = _norms(weights, schedule, step)
-        scale, shift = _final_norm(weights, schedule, step)
-        first, *following = (*(each.attention_scale for each in norms), scale)
-        rows = _suffix_rows(model, weights, schedule, step, x, token, first, operations)
-        written = []
-        for i, layer in enumerate(weights.action):
-            past = keys[i], values[i]
-            rows, *both = _suffix_layer(
-                layer, norms[i], following[i], rows, cache.suffix, mask, past, place, operations
-            )
-            written.append(both)
-        x = operations.euler_step(rows, scale, shift, out.kernel, out_bias, x, schedule.step)
-        keys, values = zip(*written, strict=True)
-        return (x, keys, values), None
-
-    steps = jnp.arange(schedule.steps, dtype=jnp.int32)
-    (x, _, _), _ = jax.lax.scan(advance, (noise, cache.key, cache.value), steps)
-    return x
+    x = operations.euler_step(rows, scale, shift, out.kernel, out.bias, x, schedule.step)
+    keys, values = zip(*written, strict=True)
+    return (x, keys, values), None
 
 
 # Actions, and the keys and values of all layers, whose last H a step writes anew.
@@ -247,9 +315,8 @@ def _suffix_rows(
     """`Pi0.embed_suffix_at`; `token` is π0's of the state, `scale` the first norm's."""
     action_in = weights.action_in
     if schedule.time is None or weights.time_in is None or weights.time_out is None:
-        assert action_in.bias is not None
-        bias = value_of(action_in.bias)
-        return operations.embed_actions(x, action_in.kernel, bias, scale, model.dtype)
+        kernel, bias = action_in.kernel, action_in.bias
+        return operations.embed_actions(x, kernel, bias, scale, model.dtype)
     assert token is not None
     tokens = apply_affine(apply_affine(x, action_in), weights.time_in) + schedule.time[step]
     tokens = jnp.concatenate([token, apply_affine(jax.nn.silu(tokens), weights.time_out)], axis=1)
@@ -275,7 +342,7 @@ def _prefix_layer(
     heads = len(layer.out) // empty.shape[-1]
     qkv = operations.product(rows.scaled, layer.qkv)
     query, key, value = operations.rotate(qkv, rows, None, *_tables(angles), empty, empty, 0, heads)
-    attended = _attend(query, key, value, valid[:, None], operations).reshape(len(rows.x), -1)
+    attended = _attend(query, key, value, valid, operations).reshape(len(rows.x), -1)
     out = operations.product(attended, layer.out)
     rows = operations.add_scaled(rows.x, out, None, norms.mlp_scale)
     gated = operations.gelu_product(operations.product(rows.scaled, layer.gate_up), rows, None)
@@ -288,8 +355,8 @@ def _suffix_layer(
     norms: _Norms,
     following: _Vector,
     rows: Rows,
-    angles: Rotary,
-    mask: Bool[Array, "B _ T"],
+    turns: tuple[Float[Array, "B H half"], Float[Array, "B H half"]],
+    mask: Bool[Array, "B *_ T"],
     past: tuple[Float[Array, "B T G head_dim"], Float[Array, "B T G head_dim"]],
     place: int,
     operations: ModuleType,
@@ -298,7 +365,7 @@ def _suffix_layer(
     layer = _inputs_first(layer)
     heads = len(layer.out) // past[0].shape[-1]
     query, key, value = operations.project(
-        rows, layer.qkv, norms.attention_added, *_tables(angles), *past, place, heads
+        rows, layer.qkv, norms.attention_added, *turns, *past, place, heads
     )
     attended = _attend(query, key, value, mask, operations).reshape(len(rows.x), -1)
     rows = operations.merge(attended, layer.out, rows.x, norms.attention_gate, norms.mlp_scale)
@@ -330,27 +397,34 @@ def _tables(angles: Rotary) -> tuple[Float[Array, "B S half"], Float[Array, "B S
     return angles.cos[:, :, 0], angles.sin[:, :, 0]
 
 
-def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B _ T"]:
-    """Who of the suffix may attend to whom; one row where all see the same."""
+def _suffix_mask(model: "Pi0", valid: Bool[Array, "B S"]) -> Bool[Array, "B *_ T"]:
+    """Who of the suffix may attend to whom, [B, H, T]; [B, T] where all see the same."""
     batch, length = valid.shape
     size = model.config.suffix_length
-    before = jnp.concatenate([valid, jnp.ones((batch, size), bool)], axis=1)[:, None]
+    before = jnp.concatenate([valid, jnp.ones((batch, size), bool)], axis=1)
     if model.config.pi05:
         return before
     place = jnp.arange(length + size)
-    return before & (place <= jnp.where(place[length:, None] == length, length, length + size))
+    sees = place <= jnp.where(place[length:, None] == length, length, length + size)
+    return before[:, None] & sees
 
 
 def _attend(
     query: Float[Array, "B S K head_dim"],
     key: Float[Array, "B T G head_dim"],
     value: Float[Array, "B T G head_dim"],
-    mask: Bool[Array, "B _ _"],
+    mask: Bool[Array, "B *_ T"],
     operations: ModuleType,
 ) -> Float[Array, "B S K*head_dim"]:
     """Softmax attention of queries that are scaled already, to as many keys as the mask has."""
-    if key.shape[2] == 1 and mask.shape[1] == 1:
-        return operations.attend(query, key, value, mask[:, 0])
-    keys = mask.shape[2]
-    everyone = jnp.broadcast_to(mask, (len(mask), query.shape[1], keys))
+    if key.shape[2] == 1 and len(mask.shape) == 2:
+        return operations.attend(query, key, value, mask)
+    keys, rows = mask.shape[-1], mask if len(mask.shape) == 3 else mask[:, None]
+    everyone = jnp.broadcast_to(rows, (len(mask), query.shape[1], keys))
     return attend(query, key[:, :keys], value[:, :keys], everyone)
+
+
+def _apart(affine: Affine) -> Affine:
+    """With a bias that is no row of a table."""
+    assert affine.bias is not None
+    return Affine(affine.kernel, value_of(affine.bias))

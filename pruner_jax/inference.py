@@ -70,7 +70,8 @@ class Sampler:
 
     def _compile(self, operations: ModuleType) -> None:
         self._operations = operations
-        # XLA's command buffers are its CUDA graphs, here of no kind of operation.
+        # XLA's command buffers are its CUDA graphs, here of no kind of operation; a `Chain` has
+        # its own.
         launches_each = not self.settings.graphs and jax.default_backend() == "gpu"
         options = {"xla_gpu_enable_command_buffer": ""} if launches_each else None
         jit = functools.partial(jax.jit, compiler_options=options)
@@ -82,13 +83,14 @@ class Sampler:
             return call
 
         self._encode = jit(over(_encode, self._seeing), static_argnums=3)
-        self._act = jit(over(act, self._acting), static_argnums=6)
+        ways = {"graphs": self.settings.graphs}
+        self._act = jit(over(functools.partial(act, **ways), self._acting), static_argnums=6)
         self._embed = jit(over(_embed, self._seeing), static_argnums=3)
         self._select = jit(functools.partial(self.model.select, operations=operations))
         prune = functools.partial(sampling.prune, self.model, operations=operations)
         self._prune = jit(prune, static_argnums=2)
         self._prefill = jit(over(prefill, self._acting))
-        self._denoise = jit(over(denoise, self._acting))
+        self._denoise = jit(over(functools.partial(denoise, **ways), self._acting))
 
     def sample_actions(
         self,

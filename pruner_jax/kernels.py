@@ -13,6 +13,8 @@ array [outputs, inputs], which XLA does not compute. Of few rows they would copy
 prefix kernels lie inputs first, so there a library multiplies however few the rows are: `product`,
 and what follows it is `rotate`, `gelu_product` or `add_scaled`.
 
+On Hopper π0.5's denoising steps launch none of these, but a `Chain`'s: see `packs`.
+
 No gradients. Triton compiles a kernel when a program is lowered (seconds, kept on disk). Two calls
 with the same numbers give the same bits.
 
@@ -22,6 +24,7 @@ In a vision block N are patches.
 """
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,10 @@ from pruner_jax import triton_call
 from pruner_jax.float8 import Quantized
 from pruner_jax.kernels_plain import MAX_ROWS, Rows
 from pruner_jax.tables import TableRow
+from pruner_kernels import few_rows
+
+if TYPE_CHECKING:
+    from pruner_jax.deployed import ExpertLayer
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -57,6 +64,27 @@ def _pointwise() -> ModuleType:
     from pruner_jax import kernels_pointwise
 
     return kernels_pointwise
+
+
+def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
+    """Whether a layer's products are the fastest of packed rows, as a `Chain` launches them.
+
+    A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert.
+
+    Args:
+        rows: tokens of all samples.
+        layer: its kernels, outputs first.
+        head_dim: of its heads.
+    """
+    major, minor = few_rows.CAPABILITY
+    if not available(layer.qkv) or triton_call.capability() != 10 * major + minor:
+        return False
+    (outputs, width), heads = layer.qkv.shape, layer.out.shape[1] // head_dim
+    groups, mlp = (outputs // head_dim - heads) // 2, layer.down.shape[1]
+    sizes = rows, width, mlp, heads, groups, head_dim, 8 * layer.qkv.dtype.itemsize
+    if not few_rows.applies(*sizes):
+        return False
+    return few_rows.compiles(few_rows.gated(rows, width, width // 64, mlp))
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:

@@ -4,6 +4,7 @@ The same names and arguments; the letters are there.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,11 @@ class Rows:
     x: Float[Array, "R D"]
     scaled: Float[Array, "R D"]
     squares: Float[Array, "P R"]
+
+
+def packs(rows: int, layer: Any, head_dim: int) -> bool:
+    """`kernels.packs`: a library takes rows as they are."""
+    return False
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:

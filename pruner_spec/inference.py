@@ -13,7 +13,7 @@ class InferenceSettings:
 
     Attributes:
         graphs: CUDA graphs, captured at the first call of a size and replayed afterwards; in JAX,
-            XLA's command buffers.
+            XLA's command buffers, and on Hopper one of its own for the denoising steps.
         max_graphs: that PyTorch keeps; the least recently used goes first. A policy without a
             budget captures some 13 for each bucket of prompts and size of a batch.
         kernels: the project's own kernels, where a library does badly.

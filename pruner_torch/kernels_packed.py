@@ -4,20 +4,13 @@ Names and arguments are those of `kernels`, whose checks have passed. A launch b
 before it still runs, and waits for it once all its weights are on their way.
 """
 
-import ctypes
-import functools
-import importlib
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_kernels import few_rows
-from pruner_kernels.few_rows import Launch, checked, packed_shape
+from pruner_kernels import driver, few_rows
+from pruner_kernels.few_rows import Launch, packed_shape
 from pruner_torch.kernels_plain import PackedQuery, Rows
-
-driver: Any = importlib.import_module("cuda.bindings.driver")
 
 
 def project(
@@ -152,29 +145,6 @@ def _check_vectors(*vectors: Tensor | None, dtype: torch.dtype = torch.float32) 
 
 def _run(launch: Launch, *arguments: Tensor | None) -> None:
     """Launches on the current stream; None is a null pointer."""
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
-    config.sharedMemBytes = launch.shared
-    config.hStream = torch.cuda.current_stream().cuda_stream
-    overlapping = driver.CUlaunchAttribute()
-    overlapping.id = (
-        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    )
-    overlapping.value.programmaticStreamSerializationAllowed = 1
-    config.attrs, config.numAttrs = [overlapping], 1
-    pointers = tuple(0 if each is None else each.data_ptr() for each in arguments)
-    types = (ctypes.c_void_p,) * len(pointers)
-    function = _function(launch, torch.cuda.current_device())
-    checked(driver.cuLaunchKernelEx(config, function, (pointers, types), 0))
-
-
-@functools.cache
-def _function(launch: Launch, device: int) -> Any:
-    """Loaded once a process, on the current device, which is this one; so not during a capture."""
-    name, code = few_rows.compiled(launch)
-    module = checked(driver.cuModuleLoadData(code))
-    function = checked(driver.cuModuleGetFunction(module, name.encode()))
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(function, limit, launch.shared))
-    return function
+    pointers = [0 if each is None else each.data_ptr() for each in arguments]
+    stream, device = torch.cuda.current_stream().cuda_stream, torch.cuda.current_device()
+    driver.run(launch, pointers, stream, device)
