@@ -305,7 +305,7 @@ def test_the_launches_compute_the_steps(monkeypatch, batch):
     assert launched.captures == 0
 
 
-@pytest.mark.parametrize("which", ["steps", "attends", "packs"])
+@pytest.mark.parametrize("which", ["attends", "packs"])
 def test_what_has_no_kernels_is_a_scan(emulated, monkeypatch, which):
     monkeypatch.setattr(kernels if which == "packs" else few_rows, which, lambda *sizes: False)
     text = denoised(kernels).lower(*inputs(1)).as_text()
@@ -325,6 +325,7 @@ EXPERT = {"width": 1024, "mlp": 4096, "heads": 8, "groups": 1, "head_dim": 256}
         ({"capability": 100}, False),
         ({"dtype": jnp.float32}, False),
         ({"rows": 65}, False),
+        ({"actions": 7}, False),
         ({"groups": 2}, False),
         ({"compiles": False}, False),
     ],
@@ -332,7 +333,9 @@ EXPERT = {"width": 1024, "mlp": 4096, "heads": 8, "groups": 1, "head_dim": 256}
 def test_who_packs(monkeypatch, change, packs):
     """An expert's layers on Hopper, in bfloat16, as far as the kernels have their sizes."""
     given = (
-        {"rows": 50, "capability": 90, "dtype": jnp.bfloat16, "compiles": True} | EXPERT | change
+        {"rows": 50, "actions": 32, "capability": 90, "dtype": jnp.bfloat16, "compiles": True}
+        | EXPERT
+        | change
     )
     monkeypatch.setattr(triton_call, "capability", lambda: given["capability"])
     monkeypatch.setattr(triton_call, "available", lambda: True)
@@ -342,8 +345,9 @@ def test_who_packs(monkeypatch, change, packs):
     shapes = [(outputs, width), (width, inner), (2 * given["mlp"], width), (width, given["mlp"])]
     qkv, out, up, down = (jax.ShapeDtypeStruct(each, given["dtype"]) for each in shapes)
     layer = deployed.ExpertLayer(None, qkv, out, None, up, down)
-    assert kernels.packs(given["rows"], layer, given["head_dim"]) == packs
-    assert not kernels_plain.packs(given["rows"], layer, given["head_dim"])
+    sizes = given["rows"], layer, given["head_dim"], given["actions"]
+    assert kernels.packs(*sizes) == packs
+    assert not kernels_plain.packs(*sizes)
 
 
 def test_programs_are_known_by_what_they_do(emulated):

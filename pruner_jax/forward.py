@@ -219,9 +219,8 @@ def _has_chain(given: _Given, cache: Cache, noise: Array, operations: ModuleType
     (batch, horizon, actions), (*_, head_dim) = noise.shape, cache.key[0].shape
     return (
         bool(given.schedule.attention)
-        and few_rows.steps(actions)
         and few_rows.attends(given.mask.shape[-1], head_dim)
-        and operations.packs(batch * horizon, given.weights.action[0], head_dim)
+        and operations.packs(batch * horizon, given.weights.action[0], head_dim, actions)
     )
 
 

@@ -25,6 +25,7 @@ from pruner_jax.forward import Cache, act, denoise, embed, encode, prefill
 from pruner_jax.layers import as_float, wide
 from pruner_jax.pruner import Selection
 from pruner_jax.tables import Gathered
+from pruner_kernels import few_rows
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 
@@ -206,6 +207,10 @@ class Sampler:
         config, expert = self.model.config, self.model.config.action_expert
         has_kernel = config.pi05 and expert.num_kv_heads == 1  # see `_attend`
         rows = config.suffix_length
+        sizes = rows, self._weights.action[0], expert.head_dim, config.action_dim
+        is_chain = few_rows.attends(prefix + rows, expert.head_dim) and kernels.packs(*sizes)
+        if config.pi05 and is_chain:
+            return  # CUDA C++ has no tiles to choose
         keys = prefix + rows if has_kernel else None
         kernels_autotune.autotune(self._weights.action, rows, keys, expert.head_dim)
 

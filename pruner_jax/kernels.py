@@ -66,7 +66,7 @@ def _pointwise() -> ModuleType:
     return kernels_pointwise
 
 
-def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
+def packs(rows: int, layer: "ExpertLayer", head_dim: int, actions: int) -> bool:
     """Whether a layer's products are the fastest of packed rows, as a `Chain` launches them.
 
     A Hopper GPU in bfloat16, few rows, and sizes like those of an action expert.
@@ -75,6 +75,7 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
         rows: tokens of all samples.
         layer: its kernels, outputs first.
         head_dim: of its heads.
+        actions: numbers of an action.
     """
     major, minor = few_rows.CAPABILITY
     if not available(layer.qkv) or triton_call.capability() != 10 * major + minor:
@@ -82,7 +83,7 @@ def packs(rows: int, layer: "ExpertLayer", head_dim: int) -> bool:
     (outputs, width), heads = layer.qkv.shape, layer.out.shape[1] // head_dim
     groups, mlp = (outputs // head_dim - heads) // 2, layer.down.shape[1]
     sizes = rows, width, mlp, heads, groups, head_dim, 8 * layer.qkv.dtype.itemsize
-    if not few_rows.applies(*sizes):
+    if not (few_rows.applies(*sizes) and few_rows.steps(actions)):
         return False
     return few_rows.compiles(few_rows.gated(rows, width, width // 64, mlp))
 

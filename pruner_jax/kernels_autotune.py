@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pruner_jax import kernels
 from pruner_jax.kernels_plain import Rows
-from pruner_kernels import few_rows, tiles
+from pruner_kernels import tiles
 
 if TYPE_CHECKING:
     from pruner_jax.deployed import ExpertLayer
@@ -26,8 +26,8 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
     """Times a few tiles of the layers' products and of their attention, and keeps the fastest.
 
     In this process, for these sizes; what was timed before is not timed again. Nothing is where
-    Triton does not apply or a `Chain` does, or for more than `kernels.MAX_ROWS` rows. There are
-    some 26 candidates, each of which is compiled first.
+    Triton does not apply, or for more than `kernels.MAX_ROWS` rows. There are some 26 candidates,
+    each of which is compiled first.
 
     Args:
         layers: of the action expert.
@@ -37,8 +37,6 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
     """
     first = layers[0]
     if rows > kernels.MAX_ROWS or not kernels.available(first.qkv):
-        return
-    if keys and few_rows.attends(keys, head_dim) and kernels.packs(rows, first, head_dim):
         return
     from pruner_jax.kernels_launch import shared_memory  # here, since it imports Triton
 

@@ -37,7 +37,7 @@ class Rows:
     squares: Float[Array, "P R"]
 
 
-def packs(rows: int, layer: Any, head_dim: int) -> bool:
+def packs(rows: int, layer: Any, head_dim: int, actions: int) -> bool:
     """`kernels.packs`: a library takes rows as they are."""
     return False
 

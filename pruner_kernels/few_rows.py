@@ -179,21 +179,6 @@ def euler_step(rows: int, width: int, parts: int, actions: int, step: float) -> 
     return Launch(f"euler_step<{sizes}>", rows, (rows, 1, 1), 0, width // 2)
 
 
-def steps(actions: int) -> bool:
-    """Whether `embed_actions` and `euler_step` apply."""
-    return actions in (8, 16, 32)
-
-
-def embed_actions(rows: int, actions: int, width: int) -> Launch:
-    """`rows.embed_actions`, to packed rows."""
-    return Launch(f"embed_actions<{actions}, {width}>", rows, (rows, 1, 1), 16)
-
-
-def euler_step(rows: int, width: int, parts: int, actions: int, step: float) -> Launch:
-    """`rows.euler_step`; `step` is a constant."""
-    return Launch(f"euler_step<{width}, {parts}, {actions}, {step}>", rows, (rows, 1, 1), 16)
-
-
 def _normed(rows: int, width: int, parts: int) -> int:
     norm = 4 * (4 * cdiv(parts * rows, 4) + 64)
     return _aligned(_aligned(_incoming(rows, width)) + norm)
