@@ -163,7 +163,7 @@ def attend(
 
 
 def _sharing(keys: int) -> int:
-    """Blocks that share a tile's keys: as few as they fit in, so that the next launch finds room."""
+    """Blocks that share a tile's keys: few, so that the next launch finds room beside them."""
     return 2 if keys <= 256 else BLOCKS
 
 

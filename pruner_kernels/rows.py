@@ -20,7 +20,6 @@ from pruner_kernels.language import (
     jit,
     load_squares,
     norm_factor,
-    packed,
     turn,
 )
 
