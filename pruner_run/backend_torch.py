@@ -252,7 +252,9 @@ class TorchModel:
         self, observation: Observation, noise: np.ndarray
     ) -> tuple[Observation, torch.Tensor]:
         device = self._model.device
-        there = self._model.prepare(observation).map(lambda array: array.to(device))
+        there = self._model.prepare(observation).map(
+            functools.partial(torch.as_tensor, device=device)
+        )
         return there, torch.as_tensor(noise, device=device).to(there.state.dtype)
 
     def _finish(self, result: Any) -> Any:

@@ -5,6 +5,7 @@ that checking costs no transfer and works on abstract values under `jax.jit`.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -151,11 +152,12 @@ def plan_encoding(
     camera_mask: Bool[np.ndarray, "B C"], prompt_mask: Bool[np.ndarray, "B L"]
 ) -> EncodingPlan:
     """The plan for a batch. A batch without any camera keeps the first, masked as it is."""
-    present = [camera for place, camera in enumerate(CAMERAS) if camera_mask[:, place].any()]
-    places = np.flatnonzero(prompt_mask.any(axis=0))
-    longest = int(places[-1]) + 1 if places.size else 0
+    seen: Any = camera_mask.any(axis=0)
+    read: Any = prompt_mask.any(axis=0)
+    present, (places,) = tuple(itertools.compress(CAMERAS, seen)), read.nonzero()
+    longest = int(places[-1]) + 1 if len(places) else 0
     return EncodingPlan(
-        cameras=tuple(present) or CAMERAS[:1],
+        cameras=present or CAMERAS[:1],
         prompt_length=bucket(longest, PROMPT_BUCKETS, limit=prompt_mask.shape[1]),
     )
 

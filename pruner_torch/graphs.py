@@ -91,7 +91,13 @@ class Graphs:
 
 
 def _refresh(inputs: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> None:
-    """Copies what is not there already."""
+    """Copies what is not there already; what the device has in one launch a dtype."""
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for mine, new in zip(inputs, given, strict=True):
         if mine.data_ptr() != new.data_ptr():
-            mine.copy_(new, non_blocking=True)
+            kind = (new.dtype, new.device)
+            to, sources = alike.setdefault(kind, ([], []))
+            to.append(mine)
+            sources.append(new)
+    for to, sources in alike.values():
+        torch._foreach_copy_(to, sources, non_blocking=True)

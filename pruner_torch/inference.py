@@ -86,7 +86,7 @@ class Sampler:
         there = self.model.prepare(observation)
         encoded, selection = self.encode(there, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
-            self.act(encoded, selection, there.state, noise, room, num_steps)
+            self.act(encoded, selection, torch.as_tensor(there.state), noise, room, num_steps)
         self._rooms.clear()  # none of these was an observation's
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class Sampler:
         encoded, selection = plain.encode(there, plan)
         patches = _distance(self.embed(there, plan).patches, encoded.patches)
         room = sampling.capacity(model, encoded, selection)
-        inputs = (encoded, selection, there.state, noise, room, num_steps)
+        inputs = (encoded, selection, torch.as_tensor(there.state), noise, room, num_steps)
         return max(patches, _distance(self.act(*inputs), plain.act(*inputs)))
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
@@ -220,19 +220,17 @@ class Sampler:
         kinds = tuple((x.shape, x.dtype) for x in (*fresh, *standing))
         return self._graphs((*key, kinds), call, fresh, standing)
 
-    def _inputs_of(self, observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
         """What `encode` reads of an observation, each a transfer, or a copy, a call.
 
         Returns:
             images, a camera each; the masks of cameras and prompt in one, [B, C + L]; the prompt.
         """
-        length = plan.prompt_length
-        masks = [observation.image_masks[camera][:, None] for camera in plan.cameras]
-        masks.append(observation.tokenized_prompt_mask[:, :length])
-        if any(mask.device.type != "cpu" for mask in masks):
-            masks = [mask.to(self.model.device) for mask in masks]
         images = (observation.images[camera] for camera in plan.cameras)
-        return *images, torch.cat(masks, dim=1), observation.tokenized_prompt[:, :length]
+        masks = sampling.joined_masks(observation, plan.cameras, plan.prompt_length)
+        prompt = observation.tokenized_prompt[:, : plan.prompt_length]
+        return tuple(map(torch.as_tensor, (*images, masks, prompt)))
 
     def _read(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images, camera mask, prompt and prompt mask, of what `_inputs_of` gives."""

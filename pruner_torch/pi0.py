@@ -9,6 +9,7 @@ A action dim, D width of the prefix, E width of the suffix.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from types import ModuleType
@@ -175,14 +176,14 @@ class Pi0(nn.Module):
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        device, dtype = self.device, wide(self.dtype)
-        images = [as_float(observation.images[camera].to(device), dtype) for camera in cameras]
-        masks = [observation.image_masks[camera].to(device) for camera in cameras]
+        there, dtype = functools.partial(torch.as_tensor, device=self.device), wide(self.dtype)
+        images = [as_float(there(observation.images[camera]), dtype) for camera in cameras]
+        masks = [there(observation.image_masks[camera]) for camera in cameras]
         return self.embed(
             torch.stack(images, dim=1),
             torch.stack(masks, dim=1),
-            observation.tokenized_prompt[:, :prompt_length].to(device),
-            observation.tokenized_prompt_mask[:, :prompt_length].to(device),
+            there(observation.tokenized_prompt[:, :prompt_length]),
+            there(observation.tokenized_prompt_mask[:, :prompt_length]),
         )
 
     def embed(
@@ -477,17 +478,20 @@ class Pi0(nn.Module):
         return sampling.sample_actions(self, observation, noise, num_steps)
 
     def prepare(self, observation: Observation) -> Observation:
-        """The observation as tensors of the model's dtypes, checked against the config.
+        """The observation as arrays of the model's dtypes, checked against the config.
 
-        NumPy's arrays stay on the host, and images of uint8 as they are: what encodes them takes
-        them to the device, and scales those that it looks at.
+        NumPy's stay NumPy's, and images of uint8 as they are: what encodes them takes them to the
+        device, and scales those that it looks at.
         """
         observation.check(self.config)
+        device, dtype = self.device, wide(self.dtype)
+        numpys = np.dtype(str(dtype).removeprefix("torch."))
 
-        def convert(array: Any) -> Tensor:
-            is_hosts = isinstance(array, np.ndarray)
-            tensor = torch.as_tensor(array, device=None if is_hosts else self.device)
-            return tensor.to(wide(self.dtype)) if tensor.is_floating_point() else tensor
+        def convert(array: Any) -> Tensor | np.ndarray:
+            if isinstance(array, Tensor):
+                return array.to(device, dtype if array.is_floating_point() else None)
+            array = np.asarray(array)
+            return array.astype(numpys, copy=False) if array.dtype.kind == "f" else array
 
         return observation.map(convert)
 

@@ -6,12 +6,13 @@ the device knows; it costs one small read a call. A budget costs none.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pruner_spec.buckets import PATCH_BUCKETS, bucket
@@ -22,7 +23,7 @@ from pruner_spec.stats import kept_counts
 from pruner_torch import kernels_plain
 from pruner_torch.diagnostics import diagnose
 from pruner_torch.gemma import KVCache
-from pruner_torch.layers import constant
+from pruner_torch.layers import constant, wide
 from pruner_torch.pruner import Selection, most_kept
 
 if TYPE_CHECKING:
@@ -162,13 +163,13 @@ def sample_actions(
     stages = PlainStages(model) if stages is None else stages
     plan = plan_of(observation)
     observation = model.prepare(observation)
-    noise = torch.as_tensor(noise).to(observation.state.dtype)
+    state, noise = (torch.as_tensor(x).to(wide(model.dtype)) for x in (observation.state, noise))
     encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled:
         model.record.last = (plan.cameras, encoded, selection)
     # Most calls keep as many as the last one, within the bucket: no need to wait for the device to
     # say so. A guess that was wrong is computed again, so that no result depends on the last call.
-    inputs = (encoded, selection, observation.state, noise)
+    inputs = (encoded, selection, state, noise)
     guess = stages.expected(encoded) if is_counted(model) else None
     actions = None if guess is None else stages.act(*inputs, guess, num_steps)
     room = capacity(model, encoded, selection)
@@ -181,13 +182,21 @@ def plan_of(observation: Observation) -> EncodingPlan:
     """Which cameras and how much of the prompt to encode; when traced, all."""
     if torch.compiler.is_compiling():
         return EncodingPlan(CAMERAS, observation.tokenized_prompt.shape[1])
-    masks = [*(observation.image_masks[camera][:, None] for camera in CAMERAS)]
-    masks.append(observation.tokenized_prompt_mask)
-    if all(isinstance(mask, np.ndarray) for mask in masks):
-        both = np.concatenate(masks, axis=1)
-    else:  # one transfer
-        both = torch.cat([torch.as_tensor(mask) for mask in masks], dim=1).cpu().numpy()
+    both: Any = joined_masks(observation, CAMERAS)
+    both = both.cpu().numpy() if isinstance(both, Tensor) else both  # one transfer
     return plan_encoding(both[:, : len(CAMERAS)], both[:, len(CAMERAS) :])
+
+
+def joined_masks(
+    observation: Observation, cameras: Sequence[str], prompt_length: int | None = None
+) -> Bool[Tensor, "B C+L"] | Bool[np.ndarray, "B C+L"]:
+    """Masks of cameras and of the prompt, up to a length; NumPy's where all are."""
+    masks = [observation.image_masks[camera][:, None] for camera in cameras]
+    masks.append(observation.tokenized_prompt_mask[:, :prompt_length])
+    devices = [mask.device for mask in masks if isinstance(mask, Tensor)]
+    if not devices:
+        return np.concatenate(masks, axis=1)
+    return torch.cat([torch.as_tensor(mask, device=devices[0]) for mask in masks], dim=1)
 
 
 def prune(
