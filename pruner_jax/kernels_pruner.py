@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pruner_jax.triton_call import triton_call
 from pruner_kernels import pruner
-from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles
+from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles, weight_columns
 
 MAX_TASK = 256  # tokens; a program holds the weights of all of them
 
@@ -46,7 +46,7 @@ def importance_score(
             **tile,
         },
         grid=(cdiv(count, rows) + cdiv(length, rows), cdiv(length, tile["COLUMNS"]), pools),
-        num_stages=4,
+        num_stages=3,
     )
     block = max(power_of_two(length), 16)
     (scores,) = triton_call(
@@ -62,7 +62,7 @@ def importance_score(
             "mask_token": 1,
             "ROOT": math.sqrt(width),
             "ROWS": rows,
-            "COLUMNS": 32,
+            "COLUMNS": weight_columns(length),
             "TASK": block,
         },
         grid=(cdiv(count, rows), pools),

@@ -239,12 +239,17 @@ def score_tiles(task: int, width: int, itemsize: int) -> dict[str, int]:
         width: of a token.
         itemsize: bytes of an element.
     """
-    # 20 tiles of 16 rows a camera, 3 cameras: each reads its rows and 64 tasks, 320 KiB, from L2.
+    # 20 tiles of 16 rows a camera, 3 cameras, twice 32 of 64 tasks: each reads 192 KiB from L2.
     return {
         "ROWS": 16,
-        "COLUMNS": min(max(power_of_two(task), 16), 64),
-        "INNER": min(max(power_of_two(width), 16), 128 if itemsize == 2 else 64),
+        "COLUMNS": min(max(power_of_two(task), 16), 32),
+        "INNER": min(max(power_of_two(width), 16), 256 if itemsize == 2 else 128),
     }
+
+
+def weight_columns(task: int) -> int:
+    """Of the other patches, how many `pruner.scores` takes a turn; `task` as in `score_tiles`."""
+    return 64 if task <= 64 else 32  # beside the weights of all tasks, in registers
 
 
 def election_tiles(patches: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pruner_kernels import pruner
-from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles
+from pruner_kernels.tiles import cdiv, election_tiles, power_of_two, score_tiles, weight_columns
 
 MAX_TASK = 256  # tokens; a program holds the weights of all of them
 
@@ -34,13 +34,13 @@ def importance_score(
     tiles = cdiv(count, rows) + cdiv(length, rows)
     pruner.logits[(tiles, cdiv(length, tile["COLUMNS"]), pools)](
         patches, task, logits, gram, count, length, *patches.stride()[:2], *task.stride()[:2],
-        WIDTH=width, **tile, num_warps=4, num_stages=4,
+        WIDTH=width, **tile, num_warps=4, num_stages=3,
     )  # fmt: skip
     scores = torch.empty((pools, count, count), dtype=torch.float32, device=device)
     block = max(power_of_two(length), 16)
     pruner.scores[(cdiv(count, rows), pools)](
         logits, gram, task_mask, scores, count, length, *task_mask.stride(),
-        ROOT=math.sqrt(width), ROWS=rows, COLUMNS=32, TASK=block,
+        ROOT=math.sqrt(width), ROWS=rows, COLUMNS=weight_columns(length), TASK=block,
         num_warps=4 if block <= 64 else 8,
     )  # fmt: skip
     return scores
