@@ -168,6 +168,27 @@ def layer_norms() -> Iterator[Row]:
             }
 
 
+def attentions() -> Iterator[Row]:
+    """Of whole tiles and parts of one; of heads that are a product and a rest, or less than one."""
+    generator, launch = np.random.default_rng(8), kernels_vision.attend_patches
+    for images, patches, heads, head_dim in ((3, 256, 16, 72), (2, 70, 3, 24), (1, 9, 2, 6)):
+        shape = images, patches, 3, heads, head_dim
+        qkv = there(generator.standard_normal(shape)).to(torch.bfloat16)
+        with mock.patch.object(kernels_vision, "attend_patches", wraps=launch) as called:
+            attended = kernels.attend_patches(qkv.flatten(2), heads)
+        query, key, value = np.moveaxis(double(qkv), 2, 0)
+        logits = np.einsum("bikh,bjkh->bkij", query, key) * head_dim**-0.5
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("bkij,bjkh->bikh", weights, value).reshape(images, patches, -1)
+        yield {
+            "case": f"{images} x {patches} of {heads} x {head_dim}",
+            "dtype": "bfloat16",
+            "called": called.call_count == 1,
+            "error": error(double(attended), expected),
+        }
+
+
 def float8_rows() -> Iterator[Row]:
     """Rows of all sizes, one of zeros; the shares of other values, and the product of all."""
     generator, launch = np.random.default_rng(9), kernels_float8.quantize_rows
@@ -195,7 +216,8 @@ def float8_rows() -> Iterator[Row]:
 
 
 FAMILIES = {
-    family.__name__: family for family in (scores, elections, prefixes, layer_norms, float8_rows)
+    family.__name__: family
+    for family in (scores, elections, prefixes, layer_norms, attentions, float8_rows)
 }
 
 

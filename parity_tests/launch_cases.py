@@ -297,6 +297,7 @@ def vision() -> Iterator[Row]:
             packed, bias = (draw.vector(n, tabled, wide=False) for n in (3 * width, width))
             norm = [draw.vector(width, tabled) for _ in range(2)]
             inputs = {
+                "attend_patches": ((draw(batch, patches, 3 * width), packed), heads),
                 "split_bias": ((draw(batch, patches, 3 * width), packed), heads),
                 "gelu_bias": ((3 * x, bias),),
                 "add_layer_norm": ((x, y, bias, *norm), EPSILON),

@@ -67,6 +67,14 @@ def test_a_sum_and_its_layer_norm():
         assert max(row["total"], row["error"]) <= tolerance(level, row["dtype"]), row
 
 
+def test_patches_attend_to_each_other():
+    level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"
+    assert len(found()["attentions"]) == 3
+    for row in found()["attentions"]:
+        assert row["called"], row
+        assert row["error"] <= tolerance(level, row["dtype"]), row
+
+
 def test_rows_in_float8():
     """The scales of the plain way, but for a GPU's division its values, and their product."""
     level = "float8 rows" if DEVICE == "cuda" else "float8 rows, interpreted"

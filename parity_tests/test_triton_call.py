@@ -272,7 +272,7 @@ def launched() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.skipif("torch" not in BACKENDS, reason="Triton interprets PyTorch's tensors")
 @pytest.mark.parametrize(
     ("family", "count"),
-    [("products", 30), ("pointwise", 52), ("attention", 12), ("ends", 8), ("vision", 36)],
+    [("products", 30), ("pointwise", 52), ("attention", 12), ("ends", 8), ("vision", 48)],
 )
 def test_launches_compute_what_the_plain_functions_do(family, count):
     level = "kernel" if DEVICE == "cuda" else "kernel, interpreted"

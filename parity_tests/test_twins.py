@@ -36,6 +36,7 @@ FRAMEWORK_NAMES = {
     "objective.py: to_device",
     "recomputation.py: _PRODUCTS",
     "recomputation.py: optimized",
+    "sampling.py: joined_masks",  # of which JAX hands over as many as it likes at once
 }
 # A list of layers in PyTorch, one stacked layer in JAX; a step that JAX may have traced.
 OTHER_ANNOTATIONS = {"layers.py: stack", "objective.py: draw", "randomness.py: stream_key"}

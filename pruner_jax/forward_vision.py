@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pruner_jax import kernels_plain
 from pruner_jax.deployed import Affine, Norm, Vision, VisionBlock
-from pruner_jax.layers import LAYER_NORM_EPSILON, attend, wide
+from pruner_jax.layers import LAYER_NORM_EPSILON, wide
 from pruner_jax.siglip import patchify
 from pruner_jax.tables import value_of
 from pruner_spec.config import VisionVariant
@@ -54,7 +54,7 @@ def _vision_block(
     Whoever reads a product adds its bias.
     """
     qkv = normed @ block.qkv.kernel
-    attended = attend(*operations.split_bias(qkv, block.qkv.bias, num_heads))
+    attended = operations.attend_patches(qkv, block.qkv.bias, num_heads)
     x, normed = _add_layer_norm(x, attended, block.out, block.mlp_norm, operations)
     activated = operations.gelu_bias(normed @ block.up.kernel, block.up.bias)
     return _add_layer_norm(x, activated, block.down, following, operations)

@@ -34,8 +34,9 @@ from pruner_jax import kernels_plain as plain
 from pruner_jax import triton_call
 from pruner_jax.float8 import Quantized
 from pruner_jax.kernels_plain import MAX_ROWS, Rows
+from pruner_jax.layers import attend as attend_all
 from pruner_jax.tables import TableRow
-from pruner_kernels import few_rows
+from pruner_kernels import few_rows, tiles
 
 if TYPE_CHECKING:
     from pruner_jax.deployed import ExpertLayer
@@ -292,6 +293,21 @@ def euler_step(
     is_here = available(noisy) and available(rows.x)
     call = _launch().euler_step if is_here else plain.euler_step
     return call(rows, scale, shift, kernel, bias, noisy, step)
+
+
+def attend_patches(
+    qkv: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
+) -> Float[Array, "B N D"]:
+    """Softmax attention of an image's patches to each other.
+
+    Args:
+        qkv: a packed projection without its bias: heads of queries, then of keys, then of values.
+        bias: of qkv.
+        num_heads: K.
+    """
+    if available(qkv) and tiles.has_patch_tiles(len(qkv), qkv.dtype.itemsize):
+        return _vision().attend_patches(qkv, bias, num_heads)
+    return attend_all(*split_bias(qkv, bias, num_heads))
 
 
 def split_bias(

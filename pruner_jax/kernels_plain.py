@@ -175,6 +175,13 @@ def euler_step(
     return noisy + step * (actions @ kernel + bias)
 
 
+def attend_patches(
+    qkv: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
+) -> Float[Array, "B N D"]:
+    """`kernels.attend_patches`."""
+    return layers.attend(*split_bias(qkv, bias, num_heads))
+
+
 def split_bias(
     x: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
 ) -> tuple[Float[Array, "B N K H"], Float[Array, "B N K H"], Float[Array, "B N K H"]]:

@@ -124,6 +124,19 @@ def add_layer_norm(
 
 
 @jit
+def attend_patches(
+    qkv, bias, bias_row, out, count, SCALE: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    """`vision.attend_patches`, with a bias."""
+    bias = found(bias, bias_row, 3 * HEADS * HEAD_DIM)
+    vision.attend_patches(
+        qkv, bias, out, count, SCALE, HEADS, HEAD_DIM, True, ROWS, KEYS, MOST, REST,
+    )  # fmt: skip
+
+
+@jit
 def gelu_bias(
     x, bias, bias_row, out, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

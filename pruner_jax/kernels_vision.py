@@ -1,12 +1,40 @@
 """Launches of `pruner_kernels`'s vision kernels: what stands between the products of a block."""
 
+import math
+
 import jax
 from jaxtyping import Array, Float
 
 from pruner_jax import kernels_tables
 from pruner_jax.tables import TableRow, arguments_of
 from pruner_jax.triton_call import triton_call
-from pruner_kernels.tiles import cdiv, power_of_two
+from pruner_kernels.tiles import cdiv, patch_tiles, power_of_two
+
+LOG2_E = math.log2(math.e)
+
+
+def attend_patches(
+    qkv: Float[Array, "B N 3*D"], bias: Float[Array, "3*D"] | TableRow, num_heads: int
+) -> Float[Array, "B N D"]:
+    """`kernels.attend_patches`."""
+    batch, count, outputs = qkv.shape
+    width, head_dim = outputs // 3, outputs // 3 // num_heads
+    tile = patch_tiles(count, head_dim)
+    (out,) = triton_call(
+        kernels_tables.attend_patches,
+        {
+            "qkv": qkv,
+            **arguments_of("bias", bias),
+            "out": jax.ShapeDtypeStruct((batch, count, width), qkv.dtype),
+            "count": count,
+            "SCALE": LOG2_E * head_dim**-0.5,
+            "HEADS": num_heads,
+            "HEAD_DIM": head_dim,
+            **tile,
+        },
+        grid=(cdiv(count, tile["ROWS"]), num_heads, batch),
+    )
+    return out
 
 
 def split_bias(

@@ -131,10 +131,10 @@ def elect(
         score = tl.load(place, mask=(i < count)[:, None] & is_j[None, :], other=0)
         finite = tl.abs(score) < float("inf")
         eligible = tl.where(pair & finite, score, float("-inf"))
-        choice = tl.argmax(eligible, axis=1, tie_break_left=True)
+        largest = tl.max(eligible, axis=1)[:, None]
+        choice = tl.min(tl.where(eligible == largest, j[None, :], BLOCK), axis=1)
         # Where a row has no finite score its largest is -inf, and it casts no vote.
-        casts = tl.max(eligible, axis=1) > float("-inf")
-        voted = (choice[:, None] == j[None, :]) & casts[:, None]
+        voted = (choice[:, None] == j[None, :]) & (largest > float("-inf"))
         votes += tl.sum(voted.to(tl.int32), axis=0)
         best = tl.maximum(best, tl.max(eligible, axis=0))
         nonfinite += tl.sum((pair & (finite == 0)).to(tl.int32), axis=0)

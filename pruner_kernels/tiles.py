@@ -252,6 +252,19 @@ def weight_columns(task: int) -> int:
     return 64 if task <= 64 else 32  # beside the weights of all tasks, in registers
 
 
+def has_patch_tiles(images: int, itemsize: int) -> bool:
+    """Whether `vision.attend_patches` is faster than a library's attention; of these images."""
+    return images <= 8 and itemsize == 2
+
+
+def patch_tiles(patches: int, head_dim: int) -> dict[str, int]:
+    """How `vision.attend_patches` is cut, of an image and of a head."""
+    most = max(power_of_two(head_dim + 1) // 2, 16)
+    rest = max(power_of_two(max(head_dim - most, 1)), 16)
+    tile = min(max(power_of_two(patches), 16), 64)
+    return {"ROWS": tile, "KEYS": tile, "MOST": most, "REST": rest}
+
+
 def election_tiles(patches: int) -> dict[str, int]:
     """How `pruner.elect` is cut: rows of the scores of so many patches, a turn."""
     block = max(power_of_two(patches), 16)

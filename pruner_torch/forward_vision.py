@@ -56,8 +56,7 @@ def _vision_block(
 ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N D"]]:
     """A block's output, and that through the norm of the block that follows; so are its inputs."""
     qkv = apply_affine(normed, block.qkv)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    attended = operations.attend_patches(qkv, num_heads)
     x, normed = _add_layer_norm(x, apply_affine(attended, block.out), block.mlp_norm, operations)
     activated = _gelu_affine(normed, block.up)
     return _add_layer_norm(x, apply_affine(activated, block.down), following, operations)

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pruner_kernels import few_rows
+from pruner_kernels import few_rows, tiles
 from pruner_torch import kernels_checks as checks
 from pruner_torch import kernels_plain as plain
 from pruner_torch.float8 import Quantized
@@ -66,6 +66,12 @@ def _launch() -> ModuleType:
     from pruner_torch import kernels_launch  # here, since it imports Triton
 
     return kernels_launch
+
+
+def _vision() -> ModuleType:
+    from pruner_torch import kernels_vision
+
+    return kernels_vision
 
 
 def _packed() -> ModuleType:
@@ -342,6 +348,24 @@ def euler_step(
         return call(rows, scale, shift, kernel, bias, noisy.contiguous(), step)
 
 
+def attend_patches(qkv: Float[Tensor, "B N 3*D"], num_heads: int) -> Float[Tensor, "B N D"]:
+    """Softmax attention of an image's patches to each other.
+
+    Args:
+        qkv: a packed projection: heads of queries, then of keys, then of values.
+        num_heads: K.
+
+    Raises:
+        ValueError: there are not three times so many heads.
+    """
+    if qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"expected 3 times {num_heads} heads, got {qkv.shape[2]} elements")
+    if not available(qkv) or not tiles.has_patch_tiles(len(qkv), qkv.itemsize):
+        return plain.attend_patches(qkv, num_heads)
+    with torch.cuda.device_of(qkv):
+        return _vision().attend_patches(qkv, num_heads)
+
+
 def add_layer_norm(
     x: Float[Tensor, "*batch D"],
     y: Float[Tensor, "*batch D"],
@@ -368,10 +392,8 @@ def add_layer_norm(
     checks.check_columns("shift", shift, x.shape[-1])
     if not available(x):
         return plain.add_layer_norm(x, y, scale, shift, epsilon)
-    from pruner_torch import kernels_vision  # here, since it imports Triton
-
     with torch.cuda.device_of(x):
-        return kernels_vision.add_layer_norm(x, y, scale, shift, epsilon)
+        return _vision().add_layer_norm(x, y, scale, shift, epsilon)
 
 
 def _is_of_few(x: Tensor, kernel: Tensor | Quantized) -> bool:

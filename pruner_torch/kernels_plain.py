@@ -202,6 +202,12 @@ def euler_step(
     return noisy + step * (actions.to(wide) @ kernel + bias)
 
 
+def attend_patches(qkv: Float[Tensor, "B N 3*D"], num_heads: int) -> Float[Tensor, "B N D"]:
+    """`kernels.attend_patches`."""
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 def add_layer_norm(
     x: Float[Tensor, "*batch D"],
     y: Float[Tensor, "*batch D"],
