@@ -499,7 +499,7 @@ class Pi0(nnx.Module):
             dtype = wide(self.dtype) if is_float else array.dtype
             return array if array.dtype == dtype else array.astype(dtype)
 
-        return observation.map(convert)
+        return observation.map(convert, checked=False)
 
     def _as_wide(self, array: Any) -> Array:
         return jnp.asarray(array).astype(wide(self.dtype))

@@ -5,6 +5,7 @@ that checking costs no transfer and works on abstract values under `jax.jit`.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -112,8 +113,13 @@ class Observation:
     def batch_size(self) -> int:
         return self.state.shape[0]
 
-    def map(self, function: Callable[[Array], Array]) -> Self:
-        """The same observation with `function` applied to every array; nothing is checked again."""
+    def map(self, function: Callable[[Array], Array], checked: bool = True) -> Self:
+        """The same observation with `function` applied to every array.
+
+        Args:
+            function: of an array.
+            checked: whether the results are; what leaves shapes and kinds alone need not be.
+        """
         mapped = object.__new__(type(self))
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
@@ -122,6 +128,8 @@ class Observation:
             else:
                 value = function(given)
             object.__setattr__(mapped, field.name, value)
+        if checked:
+            mapped.__post_init__()
         return mapped
 
     def check(self, config: Pi0Config) -> None:
@@ -152,13 +160,18 @@ def plan_encoding(
     camera_mask: Bool[np.ndarray, "B C"], prompt_mask: Bool[np.ndarray, "B L"]
 ) -> EncodingPlan:
     """The plan for a batch. A batch without any camera keeps the first, masked as it is."""
-    seen: Any = camera_mask.any(axis=0)
-    read: Any = prompt_mask.any(axis=0)
-    present, (places,) = tuple(itertools.compress(CAMERAS, seen)), read.nonzero()
-    longest = int(places[-1]) + 1 if len(places) else 0
+    return _plan(camera_mask.tobytes(), prompt_mask.tobytes(), prompt_mask.shape[1])
+
+
+@functools.lru_cache  # of a robot that is told the same again and again
+def _plan(camera_mask: bytes, prompt_mask: bytes, length: int) -> EncodingPlan:
+    seen: Any = np.frombuffer(camera_mask, bool).reshape(-1, len(CAMERAS)).any(axis=0)
+    read = np.frombuffer(prompt_mask, bool).reshape(-1, length).any(axis=0)
+    places = np.flatnonzero(read)
+    longest = int(places[-1]) + 1 if places.size else 0
     return EncodingPlan(
-        cameras=present or CAMERAS[:1],
-        prompt_length=bucket(longest, PROMPT_BUCKETS, limit=prompt_mask.shape[1]),
+        cameras=tuple(itertools.compress(CAMERAS, seen)) or CAMERAS[:1],
+        prompt_length=bucket(longest, PROMPT_BUCKETS, limit=length),
     )
 
 
@@ -186,6 +199,8 @@ def _as_model_image(camera: str, image: np.ndarray) -> np.ndarray:
 def _shape(name: str, array: Array, expected: tuple[int | None, ...]) -> tuple[int, ...]:
     """The array's shape; None in `expected` stands for any length."""
     found = tuple(array.shape)
+    if found == expected:
+        return found
     fits = len(found) == len(expected) and all(
         want in (None, have) for want, have in zip(expected, found, strict=True)
     )

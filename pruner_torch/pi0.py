@@ -493,7 +493,7 @@ class Pi0(nn.Module):
             array = np.asarray(array)
             return array.astype(numpys, copy=False) if array.dtype.kind == "f" else array
 
-        return observation.map(convert)
+        return observation.map(convert, checked=False)
 
     @property
     def device(self) -> torch.device:
