@@ -71,10 +71,13 @@ class Sampler:
 
     def _compile(self, operations: ModuleType) -> None:
         self._operations = operations
-        # XLA's command buffers are its CUDA graphs, here of no kind of operation; a `Chain` has
-        # its own.
-        launches_each = not self.settings.graphs and jax.default_backend() == "gpu"
-        options = {"xla_gpu_enable_command_buffer": ""} if launches_each else None
+        options: dict[str, Any] = {}
+        if jax.default_backend() == "gpu":
+            # Products by cuBLAS: XLA's own are split, and their parts summed by launches more.
+            options["xla_gpu_enable_triton_gemm"] = False
+            if not self.settings.graphs:
+                # XLA's CUDA graphs, here of no kind of operation; a `Chain` has its own.
+                options["xla_gpu_enable_command_buffer"] = ""
         jit = functools.partial(jax.jit, compiler_options=options)
 
         def over(function: Any, weights: Gathered[Deployed]) -> Any:

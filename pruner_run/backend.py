@@ -314,8 +314,9 @@ def stage_times(
     rooms: list[int | None] = []
 
     def prune() -> Any:
-        selection = stages.select(encoded)
-        rooms.append(capacity(encoded, selection))
+        selection, guess = stages.select(encoded), stages.expected(encoded)
+        # As in a call, which asks the device for the number only when it has all else to do.
+        rooms.append(capacity(encoded, selection) if guess is None else guess)
         return stages.prune(encoded, selection, rooms[-1])
 
     prefix, pruning = clocked(prune, finish)
