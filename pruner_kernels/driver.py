@@ -35,8 +35,9 @@ def run(
         pointers: addresses; 0 for none.
         stream: its handle.
         device: of the stream.
-        overlaps: whether it begins while what is before it on the stream still runs. That has to
-            be such a launch, too: what it reads, this one and those after it may not ask for early.
+        overlaps: whether it begins while what is before it on the stream still runs. Behind what
+            is no such launch only `embed_actions` may, which lets no other begin before that ends:
+            they ask early for what was written before the first of them.
     """
     cuda = _cuda()
     config = cuda.CUlaunchConfig()
