@@ -99,6 +99,18 @@ def test_both_ways_lead_to_the_same_actions(name):
     assert error(*found) < tolerance("same computation", "float32")
 
 
+@pytest.mark.parametrize("guess", [None, 32])
+def test_pruning_is_timed_as_in_a_call(guess):
+    """Which asks the device for a number only where it has none to try first."""
+    stages, capacity = mock.Mock(), mock.Mock(return_value=64)
+    stages.expected.return_value = guess
+    given = mock.Mock(), mock.Mock(), mock.Mock(), 10
+    found = backends.stage_times(stages, *given, capacity=capacity, finish=lambda result: result)
+    assert capacity.called == (guess is None)
+    assert stages.prune.call_args.args[2] == (guess or 64)
+    assert min(found.values()) > 0
+
+
 def test_the_product_of_the_axes():
     axes = {"cameras": "2", "prompt": "50, 200", "keep": "none,64,none", "batch": "1,8"}
     cases = bench_cases.product(axes)
