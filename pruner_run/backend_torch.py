@@ -251,11 +251,8 @@ class TorchModel:
     def _on_device(
         self, observation: Observation, noise: np.ndarray
     ) -> tuple[Observation, torch.Tensor]:
-        device = self._model.device
-        there = self._model.prepare(observation).map(
-            functools.partial(torch.as_tensor, device=device)
-        )
-        return there, torch.as_tensor(noise, device=device).to(there.state.dtype)
+        there = self._model.prepare(observation)
+        return there, torch.as_tensor(noise, device=self._model.device).to(there.state.dtype)
 
     def _finish(self, result: Any) -> Any:
         if self._model.device.type == "cuda":

@@ -86,7 +86,7 @@ class Sampler:
         there = self.model.prepare(observation)
         encoded, selection = self.encode(there, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
-            self.act(encoded, selection, torch.as_tensor(there.state), noise, room, num_steps)
+            self.act(encoded, selection, there.state, noise, room, num_steps)
         self._rooms.clear()  # none of these was an observation's
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class Sampler:
         encoded, selection = plain.encode(there, plan)
         patches = _distance(self.embed(there, plan).patches, encoded.patches)
         room = sampling.capacity(model, encoded, selection)
-        inputs = (encoded, selection, torch.as_tensor(there.state), noise, room, num_steps)
+        inputs = (encoded, selection, there.state, noise, room, num_steps)
         return max(patches, _distance(self.act(*inputs), plain.act(*inputs)))
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":

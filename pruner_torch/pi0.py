@@ -9,13 +9,11 @@ A action dim, D width of the prefix, E width of the suffix.
 """
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -172,18 +170,17 @@ class Pi0(nn.Module):
         """Tokens of the images and of the prompt.
 
         Args:
-            observation: as `prepare` gives it.
+            observation: of tensors, on the model's device.
             cameras: those to encode.
             prompt_length: tokens of the prompt to encode; None for all.
         """
-        there, dtype = functools.partial(torch.as_tensor, device=self.device), wide(self.dtype)
-        images = [as_float(there(observation.images[camera]), dtype) for camera in cameras]
-        masks = [there(observation.image_masks[camera]) for camera in cameras]
+        images = [observation.images[camera] for camera in cameras]
+        masks = [observation.image_masks[camera] for camera in cameras]
         return self.embed(
             torch.stack(images, dim=1),
             torch.stack(masks, dim=1),
-            there(observation.tokenized_prompt[:, :prompt_length]),
-            there(observation.tokenized_prompt_mask[:, :prompt_length]),
+            observation.tokenized_prompt[:, :prompt_length],
+            observation.tokenized_prompt_mask[:, :prompt_length],
         )
 
     def embed(
@@ -411,7 +408,7 @@ class Pi0(nn.Module):
         encoded = self.encode(observation)
         pruned = self._pruned(encoded, pruner_noise, train)
         prefix = self.assemble(encoded, pruned)
-        suffix = self.embed_suffix(self._as_wide(observation.state), noisy_actions, time)
+        suffix = self.embed_suffix(observation.state, noisy_actions, time)
         _, output = self.joint(prefix, suffix)
         loss = (self._velocity(output) - (noise - actions)).square().mean(dim=-1)
         return LossTerms(loss=loss, encoded=encoded, pruned=pruned)
@@ -478,22 +475,16 @@ class Pi0(nn.Module):
         return sampling.sample_actions(self, observation, noise, num_steps)
 
     def prepare(self, observation: Observation) -> Observation:
-        """The observation as arrays of the model's dtypes, checked against the config.
-
-        NumPy's stay NumPy's, and images of uint8 as they are: what encodes them takes them to the
-        device, and scales those that it looks at.
-        """
+        """The observation as tensors on the model's device, checked against the config; images of
+        uint8 are scaled there."""
         observation.check(self.config)
-        device, dtype = self.device, wide(self.dtype)
-        numpys = np.dtype(str(dtype).removeprefix("torch."))
 
-        def convert(array: Any) -> Tensor | np.ndarray:
-            if isinstance(array, Tensor):
-                return array.to(device, dtype if array.is_floating_point() else None)
-            array = np.asarray(array)
-            return array.astype(numpys, copy=False) if array.dtype.kind == "f" else array
+        def move(array: Any) -> Tensor:
+            tensor = torch.as_tensor(array, device=self.device)
+            is_number = tensor.is_floating_point() or tensor.dtype == torch.uint8
+            return as_float(tensor, wide(self.dtype)) if is_number else tensor
 
-        return observation.map(convert, checked=False)
+        return observation.map(move, checked=False)
 
     @property
     def device(self) -> torch.device:

@@ -34,7 +34,10 @@ class Stages(Protocol):
     """How the two halves of a call are computed, the host's one look at the device between them."""
 
     def encode(self, observation: Observation, plan: EncodingPlan) -> "tuple[Encoded, Selection]":
-        """Tokens of what the plan names, and which patches are kept."""
+        """Tokens of what the plan names, and which patches are kept.
+
+        The observation is as it was given: NumPy's arrays stay so, until they are copied.
+        """
         ...
 
     def act(
@@ -112,6 +115,7 @@ class PlainStages:
         return None
 
     def embed(self, observation: Observation, plan: EncodingPlan) -> "Encoded":
+        observation = self._model.prepare(observation)
         return self._model.encode(observation, plan.cameras, plan.prompt_length)
 
     def select(self, encoded: "Encoded") -> Selection:
@@ -131,6 +135,7 @@ class PlainStages:
         noise: Float[Tensor, "B H A"],
         num_steps: int,
     ) -> Float[Tensor, "B H A"]:
+        state, noise = (x.to(self._model.device) for x in (state, noise))
         return denoise(self._model, prefix, cache, state, noise, num_steps)
 
 
@@ -161,8 +166,8 @@ def sample_actions(
     """
     check_actions("noise", noise, observation.batch_size, model.config)
     stages = PlainStages(model) if stages is None else stages
+    observation.check(model.config)
     plan = plan_of(observation)
-    observation = model.prepare(observation)
     state, noise = (torch.as_tensor(x).to(wide(model.dtype)) for x in (observation.state, noise))
     encoded, selection = stages.encode(observation, plan)
     if model.token_pruning_enabled:
@@ -250,7 +255,7 @@ def denoise(
     """Euler steps from the noise at time 1 to the actions at time 0."""
     step = float(euler_step(num_steps))
     width = model.config.action_expert.width
-    state, x = state.to(model.device), noise.to(model.device)
+    x = noise
     for embedding in constant(euler_time_embeddings, (num_steps, width), x.dtype, x.device):
         x = x + step * model.velocity(prefix, cache, state, x, embedding)
     return x
