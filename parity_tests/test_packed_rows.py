@@ -286,7 +286,7 @@ def test_threads_have_the_registers_that_they_use(rows, tmp_path):
     )
     assert 128 * bringing + 256 * computing <= 1 << 16
     for launch in launches(rows, WIDTH, MLP, HEADS, HEAD_DIM):
-        if launch.threads == 384:  # those whose threads divide the work
+        if launch.kernel.startswith(("project", "gated", "merge")):  # whose threads divide the work
             file = tmp_path / "launch.cubin"
             file.write_bytes(few_rows.compiled(launch)[1])
             listing = subprocess.run(
