@@ -98,6 +98,25 @@ def test_another_number_of_steps(backend):
 
 
 @backends
+def test_whose_arrays_an_observation_has_changes_nothing(backend):
+    """NumPy's, the framework's, and some of each."""
+    config = tiny_config(dtype="float32", token_pruning_enabled=True)
+    weights = parameters(config)
+    for name in ("2, third camera masked in one", "1, one camera"):
+        batch = draw_batch(config, **BATCHES[name])
+        given = batch.observation
+        there = given.map(backend.array)
+        tokens = {"tokenized_prompt": there.tokenized_prompt}
+        masks = {"image_masks": there.image_masks}
+        mixed = [dataclasses.replace(given, **changes) for changes in (tokens, masks)]
+        mixed.append(dataclasses.replace(there, tokenized_prompt_mask=given.tokenized_prompt_mask))
+        sampler = Deployed(backend, config, weights)
+        first, *others = (sampler.sample(each, batch.noise) for each in (given, there, *mixed))
+        for found in others:
+            np.testing.assert_array_equal(found, first)
+
+
+@backends
 def test_bytes_are_what_they_become(backend):
     """Images of uint8, which the model scales on its device; a camera is missing."""
     config = tiny_config(dtype="float32", token_pruning_enabled=True)
