@@ -61,7 +61,7 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
     def merge(inputs: Tensor, kernel: Tensor) -> Rows:
         return kernels.merge(inputs, kernel, x, scale, scale)
 
-    def tune_products() -> None:
+    with torch.cuda.device_of(x):
         tune("merge", first.out, lambda: [merge(attended, each.out) for each in layers])
         tune("merge", first.down, lambda: [merge(activated, each.down) for each in layers])
         given = Rows(x, x, _squares(x, activated, shared))
@@ -77,9 +77,6 @@ def autotune(layers: "Sequence[ExpertLayer]", rows: int, keys: int | None, head_
             first.gate_up,
             lambda: [kernels.gated(given, each.gate_up, added_up) for each in layers],
         )
-
-    with torch.cuda.device_of(x):
-        tune_products()
         if keys is None:
             return
         query = _varied(x, rows, heads * head_dim).view(1, rows, heads, head_dim)
