@@ -165,9 +165,9 @@ def plan_encoding(
 
 @functools.lru_cache  # of a robot that is told the same again and again
 def _plan(camera_mask: bytes, prompt_mask: bytes, length: int) -> EncodingPlan:
-    seen: Any = np.frombuffer(camera_mask, bool).reshape(-1, len(CAMERAS)).any(axis=0)
-    read = np.frombuffer(prompt_mask, bool).reshape(-1, length).any(axis=0)
-    places = np.flatnonzero(read)
+    batch = len(camera_mask) // len(CAMERAS)
+    seen: Any = np.frombuffer(camera_mask, bool).reshape(batch, len(CAMERAS)).any(axis=0)
+    places = np.flatnonzero(np.frombuffer(prompt_mask, bool).reshape(batch, length).any(axis=0))
     longest = int(places[-1]) + 1 if places.size else 0
     return EncodingPlan(
         cameras=tuple(itertools.compress(CAMERAS, seen)) or CAMERAS[:1],

@@ -307,6 +307,7 @@ def test_keys_the_model_does_not_read_are_ignored():
         ([(0, 0, 0), (0, 0, 0)], [[1] * 40, [0] * 40], ((BASE,), 40)),
         ([(1, 1, 1)], [[0] * 40], (CAMERAS, 16)),
         ([(1, 1, 1)], [[0] * 5], (CAMERAS, 5)),
+        ([(1, 1, 1)], [[]], (CAMERAS, 0)),
     ],
 )
 def test_plan_of_what_is_encoded(cameras, prompt, expected):
