@@ -25,6 +25,7 @@ from pruner_jax.tables import TableRow
 from pruner_kernels import few_rows
 from pruner_kernels.few_rows import Launch, packed_shape
 from pruner_kernels.program import Copy, Place, Program, Runner
+from pruner_kernels.tiles import cdiv
 
 ALIGNMENT = 128  # bytes, as XLA's own buffers have it
 
@@ -304,4 +305,4 @@ def _stored(kernel: Buffer) -> Buffer:
 
 
 def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return cdiv(size, ALIGNMENT) * ALIGNMENT

@@ -1,7 +1,5 @@
 """Launches of `pruner_kernels`'s vision kernels: what stands between the products of a block."""
 
-import math
-
 import jax
 from jaxtyping import Array, Float
 
@@ -9,8 +7,6 @@ from pruner_jax import kernels_tables
 from pruner_jax.tables import TableRow, arguments_of
 from pruner_jax.triton_call import triton_call
 from pruner_kernels.tiles import cdiv, patch_tiles, power_of_two
-
-LOG2_E = math.log2(math.e)
 
 
 def attend_patches(
@@ -27,7 +23,7 @@ def attend_patches(
             **arguments_of("bias", bias),
             "out": jax.ShapeDtypeStruct((batch, count, width), qkv.dtype),
             "count": count,
-            "SCALE": LOG2_E * head_dim**-0.5,
+            "SCALE": head_dim**-0.5,
             "HEADS": num_heads,
             "HEAD_DIM": head_dim,
             **tile,

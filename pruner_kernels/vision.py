@@ -6,7 +6,7 @@ A bias is of a product that a library left without it.
 
 import triton.language as tl
 
-from pruner_kernels.language import dot, gelu, jit
+from pruner_kernels.language import LOG2_E, dot, gelu, jit
 
 
 @jit
@@ -55,7 +55,7 @@ def attend_patches(
     """Softmax attention of a tile of an image's patches to all of them, of one head, in base 2.
 
     Of a packed projection: heads of queries, of keys, of values. A head's elements are cut in MOST
-    and the REST, so that 72 are products of 64 and 16, not of 128; SCALE is of the logits.
+    and the REST, so that 72 are products of 64 and 16, not of 128; SCALE is of the queries.
     """
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -79,7 +79,7 @@ def attend_patches(
         v = elements(qkv + 2 * WIDTH, of_value, j, count, m, WIDTH, HEAD_DIM, HAS_BIAS)
         v_rest = elements(qkv + 2 * WIDTH, of_value, j, count, r, WIDTH, HEAD_DIM, HAS_BIAS)
         logits = dot(q_rest, k_rest.T, dot(q, k.T, tl.zeros((ROWS, KEYS), tl.float32)))
-        logits = tl.where((j < count)[None, :], logits * SCALE, float("-inf"))
+        logits = tl.where((j < count)[None, :], logits * (SCALE * LOG2_E), float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         fade = tl.exp2(top - new_top)
         weight = tl.exp2(logits - new_top[:, None])

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pruner_kernels import few_rows
 from pruner_spec.inference import InferenceSettings
 from pruner_spec.observation import EncodingPlan, Observation
 from pruner_torch import kernels, kernels_autotune, kernels_plain, sampling
@@ -248,7 +249,8 @@ class Sampler:
         has_kernel = config.pi05 and expert.num_kv_heads == 1  # see `_attend`
         rows = config.suffix_length
         sizes = rows, self._weights.action[0], expert.head_dim, config.action_dim
-        if config.pi05 and kernels.packs(*sizes):
+        is_packed = few_rows.attends(prefix + rows, expert.head_dim) and kernels.packs(*sizes)
+        if config.pi05 and is_packed:
             return  # CUDA C++ has no tiles to choose
         keys = prefix + rows if has_kernel else None
         kernels_autotune.autotune(self._weights.action, rows, keys, expert.head_dim)

@@ -341,6 +341,8 @@ def euler_step(
     checks.check_columns("bias", bias, kernel.shape[1])
     packed = plain.is_packed(rows.scaled)
     has_kernel = available(noisy) and _has_kernel(rows.x, packed) and kernel.is_contiguous()
+    if packed:
+        has_kernel &= few_rows.steps(len(bias))
     if not has_kernel:
         return plain.euler_step(rows, scale, shift, kernel, bias, noisy, step)
     with torch.cuda.device_of(noisy):

@@ -1,15 +1,11 @@
 """Launches of `pruner_kernels.vision`."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pruner_kernels import vision
 from pruner_kernels.tiles import cdiv, patch_tiles, power_of_two
-
-LOG2_E = math.log2(math.e)
 
 
 def attend_patches(qkv: Float[Tensor, "B N 3*D"], num_heads: int) -> Float[Tensor, "B N D"]:
@@ -19,7 +15,7 @@ def attend_patches(qkv: Float[Tensor, "B N 3*D"], num_heads: int) -> Float[Tenso
     tile = patch_tiles(count, head_dim)
     out = qkv.new_empty(batch, count, width)
     vision.attend_patches[(cdiv(count, tile["ROWS"]), num_heads, batch)](
-        qkv.contiguous(), None, out, count, SCALE=LOG2_E * head_dim**-0.5, HEADS=num_heads,
+        qkv.contiguous(), None, out, count, SCALE=head_dim**-0.5, HEADS=num_heads,
         HEAD_DIM=head_dim, HAS_BIAS=False, **tile, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
