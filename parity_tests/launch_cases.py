@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from parity_tests.cases import BUDGETS, PRUNER_CASES, PRUNING, tiny_config
-from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, parameters
+from parity_tests.harness import BACKENDS, DEVICE, draw_batch, error, others, parameters
 from pruner_jax import (
     float8,
     kernels,
@@ -307,7 +307,7 @@ def vision() -> Iterator[Row]:
 
 
 def float8_rows() -> Iterator[Row]:
-    """Rows of all sizes, one of zeros; the shares of other values, and the product of all."""
+    """Rows of all sizes, one of zeros; how many values are others, and the product of all."""
     launch = kernels_float8.quantize_rows
     for dtype in DTYPES:
         for rows, width in ((3, 1152), (5, 80), (1, 16), (40, 2048)):
@@ -326,7 +326,7 @@ def float8_rows() -> Iterator[Row]:
                 "dtype": dtype,
                 "called": called.call_count == 1,
                 "scales": np.array_equal(found.scale, expected.scale),
-                "others": float(np.mean(np.asarray(found.values) != np.asarray(expected.values))),
+                "others": others(*(np.asarray(each.values) for each in (found, expected))),
                 "product": error(np.asarray(product, np.float64) / size, a @ b.T / size),
             }
 
@@ -445,12 +445,12 @@ def tuned() -> Iterator[Row]:
             mock.patch.object(tiles, "_attention", {}),
         ):
             kernels_autotune.autotune(layers, rows, keys, head_dim)
-        for key, (first, *others) in results.items():
+        for key, (first, *rest) in results.items():
             yield {
                 "case": str(key),
                 "dtype": dtype,
-                "candidates": 1 + len(others),
-                "error": max(_apart(each, first) for each in others),
+                "candidates": 1 + len(rest),
+                "error": max(_apart(each, first) for each in rest),
             }
 
 

@@ -9,6 +9,7 @@ import pytest
 from parity_tests.cases import BATCHES, MODEL_CASES
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters
 from parity_tests.record import check, report
+from pruner_spec.float8 import scale_exponent
 from pruner_spec.inference import InferenceSettings
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -42,27 +43,64 @@ def quantized(backend: Any, kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def test_a_kernel_is_rounded_as_numpy_rounds_it(backend, dtype):
     """To the last bit: so both backends deploy the same."""
     kernel = kernel_of(dtype).astype(np.float32).T
-    largest = np.abs(kernel).max(axis=1, keepdims=True)
-    scale = np.maximum(largest, np.float32(1e-30)) * np.float32(1 / 448)
-    expected = (kernel * (1 / scale)).astype(FLOAT8)
     values, found = quantized(backend, kernel_of(dtype))
-    np.testing.assert_array_equal(found, scale[:, 0])
+    np.testing.assert_array_equal(found, scales_of(kernel))
+    expected = (kernel / scales_of(kernel)[:, None]).astype(FLOAT8)
     np.testing.assert_array_equal(values.view(np.uint8), expected.view(np.uint8))
 
 
 @backends
-def test_the_largest_value_is_the_largest_there_is(backend):
+def test_rows_are_rounded_as_numpy_rounds_them_in_one_function(backend):
+    """Nor does a compiler round otherwise: a million values, some of which lie near a middle."""
+    x = np.random.default_rng(12).standard_normal((512, 2048)).astype(np.float32)
+    x *= 10.0 ** np.random.default_rng(13).integers(-6, 6, (512, 1))
+    found = compiled(backend, backend.module("float8").quantize_rows)(backend.array(x))
+    values, scale = written(backend, found)
+    np.testing.assert_array_equal(scale, scales_of(x))
+    expected = (x / scales_of(x)[:, None]).astype(FLOAT8)
+    np.testing.assert_array_equal(values.view(np.uint8), expected.view(np.uint8))
+
+
+def compiled(backend: Any, function: Any) -> Any:
+    """By XLA; PyTorch's functions are not compiled unless asked for."""
+    if backend.name == "torch":
+        return function
+    import jax
+
+    return jax.jit(function)
+
+
+def scales_of(rows: np.ndarray) -> np.ndarray:
+    """Of float32 rows, the least powers of two by which none of a row is above 448."""
+    largest = np.maximum(np.abs(rows).max(axis=1), np.float32(1e-30))
+    return 2.0 ** np.ceil(np.log2(largest.astype(np.float64) / 448)).astype(np.float32)
+
+
+@backends
+def test_the_largest_value_is_near_the_largest_there_is(backend):
     kernel = kernel_of("float32")
     values, scale = (x.astype(np.float64) for x in quantized(backend, kernel))
     assert np.isfinite(values).all()
     assert np.isfinite(scale).all()
     rows = np.arange(len(values)) != 5
     rows[3] = False
-    assert (np.abs(values[rows]).max(axis=1) == 448).all()
+    largest = np.abs(values[rows]).max(axis=1)
+    assert (largest >= 224).all()
+    assert (largest <= 448).all()
     assert not values[[3, 5]].any()
     # Half a step of the largest values is 16 of 448, of smaller ones it is less.
     apart = np.abs(values * scale[:, None] - kernel.T)
-    assert (apart <= 16.01 * scale[:, None]).all()
+    assert (apart <= 16 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("fraction", [1, np.nextafter(np.float32(1.75), np.float32(1)), 1.75])
+def test_a_value_at_the_edge_of_a_scale(fraction):
+    """448 of a scale is its largest; the next number has the next scale."""
+    value = np.float32(fraction * 2.0**-3)
+    larger = np.nextafter(value, np.float32(1))
+    found, after = (int(scale_exponent(x.view(np.int32))) - 127 for x in (value, larger))
+    assert found == -11
+    assert after == (-10 if fraction == 1.75 else -11)
 
 
 @backends

@@ -1,11 +1,12 @@
 """Products of float8 values: half of bfloat16's bytes, and on a GPU from Ada on twice its rate.
 
 float8_e4m3fn has four bits of precision and reaches from 2^-9 to 448. So each row of an input and
-each output of a kernel has a scale of its own, by which its largest value becomes 448; a product is
-multiplied by both. Kernels are rounded when they are deployed, inputs where they are read.
+each output of a kernel has a scale of its own, a power of two, by which its largest value comes
+into (224, 448]; a product is multiplied by both. Kernels are rounded when they are deployed, inputs
+where they are read.
 
-A scale is a product with 1 / 448 and a row is multiplied by the reciprocal of its own: operations
-that both backends round alike.
+To divide by a power of two is exact. By another number GPUs divide each in their own way, and what
+lies near the middle of two float8 values would be rounded up by one and down by another.
 
 Dimension letters: R rows, D inputs, N outputs.
 """
@@ -19,9 +20,7 @@ from jaxtyping import Array, Float
 from pruner_jax import triton_call
 from pruner_jax.layers import wide
 from pruner_jax.tables import value_of
-
-LARGEST = 448.0
-SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
+from pruner_spec.float8 import SMALLEST, scale_exponent
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +30,7 @@ class Quantized:
 
     Attributes:
         values: in float8_e4m3fn.
-        scale: float32, by which a row's values are to be multiplied.
+        scale: float32, by which a row's values are to be multiplied; NaN of one not finite.
     """
 
     values: Float[Array, "N D"]
@@ -49,10 +48,15 @@ def quantize(kernel: Float[Array, "D N"]) -> Quantized:
 
 
 def quantize_rows(x: Float[Array, "R D"]) -> Quantized:
-    """An input, a scale a row. A row that is not finite gives a product that is not."""
+    """An input, a scale a row. A row that is not finite gives a product of NaN."""
     rows = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(rows).max(axis=-1), SMALLEST) * (1 / LARGEST)
-    return Quantized((rows * (1 / scale)[:, None]).astype(jnp.float8_e4m3fn), scale)
+    largest = jnp.maximum(jnp.abs(rows).max(axis=-1), SMALLEST)
+    exponent = scale_exponent(jax.lax.bitcast_convert_type(largest, jnp.int32))
+    scale, inverse = (
+        jax.lax.bitcast_convert_type(each << 23, jnp.float32) for each in (exponent, 254 - exponent)
+    )
+    values = (rows * inverse[:, None]).astype(jnp.float8_e4m3fn)
+    return Quantized(values, jnp.where(jnp.isfinite(largest), scale, jnp.nan))
 
 
 def multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Array, "R N"]:

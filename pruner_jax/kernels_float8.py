@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pruner_jax import kernels_plain as plain
-from pruner_jax.float8 import LARGEST, SMALLEST, Quantized, multiply
+from pruner_jax.float8 import Quantized, multiply
 from pruner_jax.triton_call import capability, triton_call
 from pruner_kernels import float8
 from pruner_kernels.tiles import power_of_two
+from pruner_spec.float8 import SMALLEST
 
 
 def product(x: Float[Array, "R D"], kernel: Float[Array, "D N"] | Quantized) -> Float[Array, "R N"]:
@@ -32,7 +33,6 @@ def quantize_rows(x: Float[Array, "R D"]) -> Quantized:
             "stride": width,
             "WIDTH": width,
             "BLOCK": block,
-            "LARGEST": LARGEST,
             "SMALLEST": SMALLEST,
         },
         grid=(rows,),

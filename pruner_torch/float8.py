@@ -1,11 +1,12 @@
 """Products of float8 values: half of bfloat16's bytes, and on a GPU from Ada on twice its rate.
 
 float8_e4m3fn has four bits of precision and reaches from 2^-9 to 448. So each row of an input and
-each output of a kernel has a scale of its own, by which its largest value becomes 448; a product is
-multiplied by both. Kernels are rounded when they are deployed, inputs where they are read.
+each output of a kernel has a scale of its own, a power of two, by which its largest value comes
+into (224, 448]; a product is multiplied by both. Kernels are rounded when they are deployed, inputs
+where they are read.
 
-A scale is a product with 1 / 448 and a row is multiplied by the reciprocal of its own: operations
-that both backends round alike.
+To divide by a power of two is exact. By another number GPUs divide each in their own way, and what
+lies near the middle of two float8 values would be rounded up by one and down by another.
 
 Dimension letters: R rows, D inputs, N outputs.
 """
@@ -16,10 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pruner_spec.float8 import SMALLEST, scale_exponent
 from pruner_torch.layers import wide
-
-LARGEST = 448.0
-SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Quantized:
 
     Attributes:
         values: in float8_e4m3fn.
-        scale: float32, by which a row's values are to be multiplied.
+        scale: float32, by which a row's values are to be multiplied; NaN of one not finite.
     """
 
     values: Float[Tensor, "N D"]
@@ -46,11 +45,13 @@ def quantize(kernel: Float[Tensor, "D N"]) -> Quantized:
 
 
 def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:
-    """An input, a scale a row. A row that is not finite gives a product that is not."""
+    """An input, a scale a row. A row that is not finite gives a product of NaN."""
     rows = x.to(torch.float32)
-    scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST) * (1 / LARGEST)
-    values = (rows * scale.reciprocal()).to(torch.float8_e4m3fn)
-    return Quantized(values.contiguous(), scale[:, 0])
+    largest = rows.abs().amax(dim=-1).clamp(min=SMALLEST)
+    exponent = scale_exponent(largest.view(torch.int32))
+    scale, inverse = ((each << 23).view(torch.float32) for each in (exponent, 254 - exponent))
+    values = (rows * inverse[:, None]).to(torch.float8_e4m3fn)
+    return Quantized(values.contiguous(), torch.where(largest.isfinite(), scale, torch.nan))
 
 
 def multiply(rows: Quantized, kernel: Quantized, dtype: torch.dtype) -> Float[Tensor, "R N"]:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from pruner_kernels import float8
 from pruner_kernels.tiles import power_of_two
+from pruner_spec.float8 import SMALLEST
 from pruner_torch import kernels_plain as plain
-from pruner_torch.float8 import LARGEST, SMALLEST, Quantized, multiply
+from pruner_torch.float8 import Quantized, multiply
 
 
 def product(
@@ -27,7 +28,6 @@ def quantize_rows(x: Float[Tensor, "R D"]) -> Quantized:
     block = power_of_two(x.shape[1])
     float8.quantize_rows[(len(x),)](
         x, values, scale, x.stride(0),
-        WIDTH=x.shape[1], BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST,
-        num_warps=min(max(block // 512, 1), 16),
+        WIDTH=x.shape[1], BLOCK=block, SMALLEST=SMALLEST, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
     return Quantized(values, scale)
