@@ -352,7 +352,8 @@ def pruning() -> Iterator[Row]:
         for name, given in {**BUDGETS, "a number each": {"keep_tokens": budget}}.items():
             how = given.get("keep_tokens"), given.get("min_keep", 1)
             expected = pruner._select(scores, mask, *how)
-            kept, counts = kernels_pruner.elect(scores, mask, *how)
+            elect = jax.jit(lambda *arrays, how=how: kernels_pruner.elect(*arrays, *how))
+            kept, counts = elect(scores, mask)
             same = np.array_equal(kept, expected.kept) and np.array_equal(counts, expected.counts)
             yield {"case": f"{case.name}, {name}", "same": same}
 
@@ -378,7 +379,8 @@ def prefixes() -> Iterator[Row]:
         yield {"case": f"{name}, {dtype}", "same": equal}
         broken = dataclasses.replace(agree[1], counts=agree[1].counts.at[1, 0, 1].set(3))
         for room in (int(broken.kept.sum(axis=-1).max()), broken.kept.shape[1]):
-            ways = [model.prune(encoded, broken, room, way) for way in WAYS]
+            prune = jax.jit(model.prune, static_argnums=(2, 3))
+            ways = [prune(encoded, broken, room, way) for way in WAYS]
             pairs = zip(*(jax.tree.leaves(each) for each in ways), strict=True)
             equal = all(
                 x.dtype == y.dtype and np.array_equal(*(np.asarray(z, np.float64) for z in (x, y)),

@@ -435,19 +435,21 @@ def test_the_cache_of_graphs(monkeypatch):
     import torch
 
     graphs = BACKENDS["torch"].module("graphs")
-    captured = []
+    captured, pools = [], []
 
-    def capture(_, function, fresh, standing):
+    def capture(_, pool, function, fresh, standing):
         inputs, outputs = (*(x.clone() for x in fresh), *standing), torch.zeros(2)
         graph = types.SimpleNamespace(replay=lambda: outputs.copy_(function(*inputs)))
         captured.append(inputs)
-        return graphs._Graph(graph, inputs, outputs)
+        pools.append(pool)
+        return graphs._Graph(graph, pool, inputs, outputs)
 
     monkeypatch.setattr(graphs.Graphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", iter(range(1, 9)).__next__)
     cache, stands = graphs.Graphs(torch.device("cpu"), 2), torch.tensor([10.0, 20.0])
 
-    def call(key, value, standing=stands):
-        return cache(key, torch.add, (torch.full((2,), value),), (standing,)).tolist()
+    def call(key, value, standing=stands, stage="encode"):
+        return cache(stage, key, torch.add, (torch.full((2,), value),), (standing,)).tolist()
 
     assert call("a", 1.0) == [11.0, 21.0]
     assert call("a", 2.0) == [12.0, 22.0]
@@ -460,3 +462,10 @@ def test_the_cache_of_graphs(monkeypatch):
     assert len(captured) == 3
     call("b", 0.0)
     assert len(captured) == 4
+    # One stage's graphs, and not another's, write where the others do; none has memory of graphs
+    # that are gone.
+    assert pools == [1, 1, 1, 1]
+    call("b", 0.0, stage="act")
+    call("c", 0.0, stage="act")
+    call("b", 0.0)
+    assert pools[4:] == [2, 2, 3]

@@ -73,6 +73,8 @@ def multiply(rows: Quantized, kernel: Quantized, dtype: jnp.dtype) -> Float[Arra
     high, by_inputs = wide(dtype), (((1,), (1,)), ((), ()))
     x, y, kept = rows.values, kernel.values, dtype
     if not _has_library(dtype):
+        # Or XLA for a GPU takes what was rounded to float8 and read again for what it was before.
+        x, y = jax.lax.optimization_barrier((x, y))
         x, y, kept = x.astype(high), y.astype(high), high
     product = jax.lax.dot_general(x, y, by_inputs, preferred_element_type=kept).astype(high)
     return (product * rows.scale[:, None] * value_of(kernel.scale)).astype(dtype)

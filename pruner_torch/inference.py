@@ -122,7 +122,7 @@ class Sampler:
         def call(*inputs: Tensor) -> "tuple[Encoded, Selection]":
             return encode(self.model, self._weights, *self._read(inputs), **self._ways)
 
-        return self._replayed(call, self._inputs_of(observation, plan), (), ("encode",))
+        return self._replayed(call, self._inputs_of(observation, plan), (), "encode")
 
     def act(
         self,
@@ -144,7 +144,7 @@ class Sampler:
             return act(self.model, self._weights, *inputs, **self._ways)
 
         standing = (*_tensors(encoded), *_tensors(selection))
-        actions = self._replayed(call, (state, noise), standing, ("act", capacity, num_steps))
+        actions = self._replayed(call, (state, noise), standing, "act", capacity, num_steps)
         return actions if self._graphs is None else actions.clone()
 
     def expected(self, encoded: "Encoded") -> int | None:
@@ -157,7 +157,7 @@ class Sampler:
         def call(*inputs: Tensor) -> "Encoded":
             return embed(self.model, self._weights, *self._read(inputs), **self._ways)
 
-        return self._replayed(call, self._inputs_of(observation, plan), (), ("embed",))
+        return self._replayed(call, self._inputs_of(observation, plan), (), "embed")
 
     def select(self, encoded: "Encoded") -> Selection:
         """See `sampling.Stages`."""
@@ -165,7 +165,7 @@ class Sampler:
         def call(*standing: Tensor) -> Selection:
             return self.model.select(type(encoded)(*standing), self._ways["operations"])
 
-        return self._replayed(call, (), _tensors(encoded), ("select",))
+        return self._replayed(call, (), _tensors(encoded), "select")
 
     def prune(self, encoded: "Encoded", selection: Selection, capacity: int | None) -> "Prefix":
         """See `sampling.Stages`."""
@@ -176,7 +176,7 @@ class Sampler:
             return sampling.prune(self.model, read, chosen, capacity, operations)
 
         standing = (*_tensors(encoded), *_tensors(selection))
-        return self._replayed(call, (), standing, ("prune", capacity))
+        return self._replayed(call, (), standing, "prune", capacity)
 
     def prefill(self, prefix: "Prefix") -> Cache:
         """See `sampling.Stages`."""
@@ -185,7 +185,7 @@ class Sampler:
             read = type(prefix)(*standing)
             return prefill(self.model, self._weights, read, **self._ways)
 
-        return self._replayed(call, (), _tensors(prefix), ("prefill",))
+        return self._replayed(call, (), _tensors(prefix), "prefill")
 
     def denoise(
         self,
@@ -206,20 +206,21 @@ class Sampler:
             return denoise(self.model, self._weights, steps, read, state, noise, **self._ways)
 
         standing = (*cache.key, *cache.value, cache.valid, *_tensors(cache.suffix))
-        return self._replayed(call, (state, noise), standing, ("denoise", num_steps))
+        return self._replayed(call, (state, noise), standing, "denoise", num_steps)
 
     def _replayed(
         self,
         call: Callable[..., Any],
         fresh: tuple[Tensor, ...],
         standing: tuple[Tensor, ...],
-        key: tuple[Any, ...],
+        stage: str,
+        *choices: int | None,
     ) -> Any:
-        """The result of a call; of a graph's, which the next one overwrites."""
+        """The result of a stage; of a graph's, which the next call of that stage overwrites."""
         if self._graphs is None:
             return call(*(x.to(self.model.device) for x in fresh), *standing)
         kinds = tuple((x.shape, x.dtype) for x in (*fresh, *standing))
-        return self._graphs((*key, kinds), call, fresh, standing)
+        return self._graphs(stage, (choices, kinds), call, fresh, standing)
 
     @staticmethod
     def _inputs_of(observation: Observation, plan: EncodingPlan) -> tuple[Tensor, ...]:
