@@ -482,6 +482,7 @@ FAMILIES = {
 
 
 def main() -> None:
+    BACKENDS["jax"].full_precision()
     if not FULL:
         assert os.environ.get("TRITON_INTERPRET") == "1"
         for module in (kernels_float8, kernels_launch, kernels_pointwise, kernels_vision):

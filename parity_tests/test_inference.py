@@ -204,15 +204,16 @@ def test_tiles_are_timed_before_they_are_used(backend, pi05, monkeypatch):
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")
-@pytest.mark.parametrize("graphs", [True, False])
-def test_jax_without_command_buffers(graphs, monkeypatch):
-    """On a GPU each of the sampler's functions is compiled without them; nothing else changes.
-
-    Products are cuBLAS's in either case.
+@pytest.mark.parametrize(
+    ("graphs", "dtype"), [(True, "float32"), (False, "float32"), (True, "float64")]
+)
+def test_what_jax_compiles_with(graphs, dtype, monkeypatch):
+    """On a GPU each of the sampler's functions may be without command buffers, and nothing else
+    changes; products are cuBLAS's but in float64.
     """
     import jax
 
-    config = tiny_config(dtype="float32", **PRUNING["5 a camera"])
+    config = tiny_config(dtype=dtype, **PRUNING["5 a camera"])
     batch, weights = draw_batch(config), parameters(config)
     expected = Deployed(BACKENDS["jax"], config, weights).sample(batch.observation, batch.noise)
     plain = BACKENDS["jax"].model(config, weights)
@@ -223,11 +224,13 @@ def test_jax_without_command_buffers(graphs, monkeypatch):
         on_gpu.setattr(jax, "default_backend", lambda: "gpu")
         on_gpu.setattr(jax, "jit", jit)
         sampler = BACKENDS["jax"].module("inference").Sampler
-        sampler = sampler(plain.module, InferenceSettings(graphs=graphs))
+        with BACKENDS["jax"].precision(dtype):
+            sampler = sampler(plain.module, InferenceSettings(graphs=graphs))
     given = [call.kwargs["compiler_options"] for call in jit.call_args_list[-7:]]
-    options = {"xla_gpu_enable_triton_gemm": False}
+    options = {} if dtype == "float64" else {"xla_gpu_enable_triton_gemm": False}
     assert given == 7 * [options if graphs else options | {"xla_gpu_enable_command_buffer": ""}]
-    found = sampler.sample_actions(batch.observation, BACKENDS["jax"].array(batch.noise))
+    with BACKENDS["jax"].precision(dtype):
+        found = sampler.sample_actions(batch.observation, BACKENDS["jax"].array(batch.noise))
     np.testing.assert_array_equal(np.asarray(found), expected)
     assert act.call_args.kwargs["graphs"] == graphs  # what a `Chain` launches
 
@@ -318,6 +321,22 @@ def test_after_the_warm_up_nothing_is_compiled():
     assert compiled == len(backend.module("sampling").capacities(model.sampler.model, 3))
     model.sample(batch.observation, batch.noise)
     assert model.sampler._act._cache_size() == compiled
+
+
+@backends
+def test_a_warm_up_meets_images_as_they_will_come(backend):
+    """Bytes stay bytes: what is compiled, or captured, for floats no call would take."""
+    config = tiny_config(dtype="float32", **PRUNING["5 a camera"])
+    model, batch = Deployed(backend, config, parameters(config)), draw_batch(config)
+    images = {
+        camera: np.zeros(image.shape, np.uint8)
+        for camera, image in batch.observation.images.items()
+    }
+    observation = dataclasses.replace(batch.observation, images=images)
+    with mock.patch.object(model.sampler, "encode", wraps=model.sampler.encode) as encode:
+        model.sampler.warm_up(observation, backend.array(batch.noise, "float32"))
+    [(given, _)] = (call.args for call in encode.call_args_list)
+    assert {image.dtype for image in given.images.values()} == {np.dtype(np.uint8)}
 
 
 @pytest.mark.skipif("jax" not in BACKENDS, reason="is about JAX")

@@ -148,7 +148,7 @@ class TorchModel:
     def warm_up(self, observation: Observation, noise: np.ndarray, num_steps: int) -> None:
         self.sample_actions(observation, noise, num_steps)
         if isinstance(self._stages, Sampler):
-            self._stages.warm_up(*self._on_device(observation, noise), num_steps)
+            self._stages.warm_up(observation, torch.as_tensor(noise), num_steps)
 
     def loss(
         self, observation: Observation, actions: np.ndarray, noise: np.ndarray, time: np.ndarray

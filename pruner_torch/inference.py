@@ -80,14 +80,15 @@ class Sampler:
         """Computes actions once for every number of patches that may be kept.
 
         Args:
-            observation, noise: of the sizes to come.
+            observation, noise: of the sizes and dtypes to come.
             num_steps: Euler steps.
         """
         plan = sampling.plan_of(observation)
-        there = self.model.prepare(observation)
-        encoded, selection = self.encode(there, plan)
+        dtype = wide(self.model.dtype)
+        state, noise = (torch.as_tensor(x).to(dtype) for x in (observation.state, noise))
+        encoded, selection = self.encode(observation, plan)
         for room in sampling.capacities(self.model, len(plan.cameras)):
-            self.act(encoded, selection, there.state, noise, room, num_steps)
+            self.act(encoded, selection, state, noise, room, num_steps)
         self._rooms.clear()  # none of these was an observation's
 
     @torch.no_grad()

@@ -109,6 +109,6 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     from triton.testing import do_bench  # here, since it imports Triton
 
     graphs = Graphs(device, 1)
-    replay = functools.partial(graphs, "run", run, ())
+    replay = functools.partial(graphs, "tiles", None, run, ())
     milliseconds: Any = do_bench(replay, warmup=5, rep=30, return_mode="median")
     return 1e-3 * milliseconds
