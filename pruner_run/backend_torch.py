@@ -251,8 +251,14 @@ class TorchModel:
     def _on_device(
         self, observation: Observation, noise: np.ndarray
     ) -> tuple[Observation, torch.Tensor]:
-        there = self._model.prepare(observation)
-        return there, torch.as_tensor(noise, device=self._model.device).to(there.state.dtype)
+        device, there = self._model.device, self._model.prepare(observation)
+        # As they are: bytes are not scaled before a call begins.
+        images = {
+            camera: torch.as_tensor(image, device=device)
+            for camera, image in observation.images.items()
+        }
+        noise_there = torch.as_tensor(noise, device=device).to(there.state.dtype)
+        return dataclasses.replace(there, images=images), noise_there
 
     def _finish(self, result: Any) -> Any:
         if self._model.device.type == "cuda":

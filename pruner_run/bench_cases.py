@@ -143,7 +143,7 @@ def check(cases: Sequence[Case], setup: Setup) -> None:
 
 
 def inputs(case: Case, setup: Setup) -> tuple[Observation, Float[np.ndarray, "B H A"]]:
-    """A random observation, and noise.
+    """A random observation, images as the bytes that policies hand over, and noise.
 
     The prompt is one token again and again: every patch then asks the same question and votes for
     the same patch, and what the implicit selection keeps is `Setup.implicit_kept`, on any weights.
@@ -156,13 +156,14 @@ def inputs(case: Case, setup: Setup) -> tuple[Observation, Float[np.ndarray, "B 
     observation = Observation.from_dict(
         {
             "image": {
-                camera: 2 * generator.random(shape, dtype=np.float32) - 1
+                camera: generator.integers(0, 256, shape, np.uint8)
                 for camera in CAMERAS[: case.cameras]
             },
             "state": 2 * generator.random((case.batch, config.action_dim), dtype=np.float32) - 1,
             "tokenized_prompt": np.where(mask, _TOKEN, 0).astype(np.int32),
             "tokenized_prompt_mask": mask,
-        }
+        },
+        keep_bytes=True,
     )
     chunk = (case.batch, case.horizon, config.action_dim)
     return observation, generator.standard_normal(chunk, dtype=np.float32)

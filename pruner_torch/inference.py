@@ -238,7 +238,7 @@ class Sampler:
     def _read(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Images, camera mask, prompt and prompt mask, of what `_inputs_of` gives."""
         *given, masks, prompt = inputs
-        images = torch.stack([as_float(image, wide(self.model.dtype)) for image in given], dim=1)
+        images = as_float(torch.stack(given, dim=1), wide(self.model.dtype))
         return images, masks[:, : len(given)], prompt, masks[:, len(given) :]
 
     def _tune(self, prefix: int) -> None:
