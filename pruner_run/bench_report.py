@@ -76,7 +76,7 @@ def _flags(options: Mapping[str, Any]) -> str:
 
 
 def _alike(found: Sequence[Results]) -> list[Results]:
-    """Those of the first one's model and device, which one picture can show.
+    """Those of the first one's model, flags and device, which one picture can show.
 
     Raises:
         ValueError: it has no rows.
@@ -89,7 +89,8 @@ def _alike(found: Sequence[Results]) -> list[Results]:
 
 def _kind(results: Results) -> tuple[object, ...]:
     devices = sorted({start.device for start in results.starts})
-    return (results.options["config"], results.options["dtype"], *devices)
+    options = results.options
+    return (options["config"], options["dtype"], _flags(options), *devices)
 
 
 def _markdown(grid: Grid) -> list[str]:

@@ -292,6 +292,15 @@ def test_a_try_does_not_pose_as_a_result():
         assert "No result" in bench_report.section(bench.Path("try.json"), tried)
 
 
+def test_one_picture_is_of_one_device_and_of_the_same_flags():
+    results = made_up()
+    rounded = dataclasses.replace(results, options={**results.options, "float8": True})
+    starts = [dataclasses.replace(start, device="another") for start in results.starts]
+    elsewhere = dataclasses.replace(results, starts=tuple(starts))
+    assert bench_report._alike([results, rounded, elsewhere, results]) == [results, results]
+    assert bench_report._alike([rounded, results]) == [rounded]
+
+
 def test_what_grows_is_found():
     rows = made_up().rows
     places = {
