@@ -5,8 +5,8 @@ each output of a kernel has a scale of its own, a power of two, by which its lar
 into (224, 448]; a product is multiplied by both. Kernels are rounded when they are deployed, inputs
 where they are read.
 
-To divide by a power of two is exact. By another number GPUs divide each in their own way, and what
-lies near the middle of two float8 values would be rounded up by one and down by another.
+To divide by a power of two is exact. By another number Triton divides less precisely than PyTorch,
+and what lies near the middle of two float8 values would be rounded up by one and down by the other.
 
 Dimension letters: R rows, D inputs, N outputs.
 """
