@@ -1,6 +1,7 @@
 """Weights into both backends' models and out again, bit for bit."""
 
 import dataclasses
+import functools
 import os
 
 import ml_dtypes
@@ -72,6 +73,23 @@ def test_load(backend, config, source):
     tree = dict(layout.from_named(weights(config), config, source))
     model = load(backend, tree, config)
     assert_identical(parameters_of(backend, model), expected(weights(config), config))
+
+
+@with_jax
+def test_what_lies_transposed_is_sent_as_it_lies(monkeypatch):
+    """And transposed on the device, if it is large: here everything is."""
+    import jax.numpy as jnp
+
+    backend = BACKENDS["jax"]
+    checkpoint = backend.module("checkpoint")
+    monkeypatch.setattr(checkpoint, "_array", functools.partial(checkpoint._array, large=0))
+    sent, array = [], jnp.array
+    monkeypatch.setattr(jnp, "array", lambda x, **options: sent.append(x) or array(x, **options))
+    tree = dict(layout.from_named(weights(CONFIG), CONFIG, OPENPI_TORCH))
+    model = load(backend, tree, CONFIG)
+    assert len(sent) >= len(parameter_table(CONFIG))
+    assert all(x.flags.c_contiguous for x in sent if isinstance(x, np.ndarray))
+    assert_identical(parameters_of(backend, model), expected(weights(CONFIG), CONFIG))
 
 
 @backends

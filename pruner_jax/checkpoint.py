@@ -91,7 +91,20 @@ def lazily_stacked(arrays: Mapping[str, Shaped[Array, "..."]], parameter: Parame
 
 def unstacked(array: np.ndarray, parameter: Parameter) -> dict[str, Shaped[Array, "..."]]:
     """The inverse of `stacked`: arrays by the names in the model, as copies."""
-    return {parameter.name: jnp.array(array)}
+    return {parameter.name: _array(array)}
+
+
+def _array(array: np.ndarray, large: int = 1 << 20) -> Shaped[Array, "..."]:
+    """A copy, sent as it lies in memory: another layout's kernels are transposed on the device.
+
+    Args:
+        array: NumPy's or JAX's.
+        large: bytes from which on that is worth compiling a transposition.
+    """
+    if not isinstance(array, np.ndarray) or array.flags.c_contiguous or array.nbytes < large:
+        return jnp.array(array)
+    order = np.argsort([-stride for stride in array.strides], kind="stable")
+    return jnp.array(array.transpose(order)).transpose(np.argsort(order).tolist())
 
 
 def _parameters(model: "Pi0") -> dict[str, nnx.Param]:
