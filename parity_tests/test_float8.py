@@ -8,7 +8,7 @@ import pytest
 
 from parity_tests.cases import BATCHES, MODEL_CASES
 from parity_tests.harness import BACKENDS, draw_batch, error, parameters
-from parity_tests.record import check, report
+from parity_tests.record import check
 from pruner_spec.float8 import scale_exponent
 from pruner_spec.inference import InferenceSettings
 
@@ -175,7 +175,6 @@ def test_actions_of_a_model_in_float8(name, dtype):
             plain = model.sample(batch.observation, batch.noise)
             assert not np.array_equal(actions, plain)
             cosine = least_cosine(actions, plain)
-            report(f"float8 cosine, {name}", dtype, f"{backend.name} | plain", cosine)
             check("float8 cosine", dtype, f"{backend.name} | plain", 1 - cosine, name)
     if len(found) == 2:
         check("float8 actions", dtype, "jax | torch", error(*found), name)
