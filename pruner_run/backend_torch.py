@@ -251,14 +251,12 @@ class TorchModel:
     def _on_device(
         self, observation: Observation, noise: np.ndarray
     ) -> tuple[Observation, torch.Tensor]:
-        device, there = self._model.device, self._model.prepare(observation)
-        # As they are: bytes are not scaled before a call begins.
-        images = {
-            camera: torch.as_tensor(image, device=device)
-            for camera, image in observation.images.items()
-        }
-        noise_there = torch.as_tensor(noise, device=device).to(there.state.dtype)
-        return dataclasses.replace(there, images=images), noise_there
+        """As they are, so that bytes are not scaled before a call begins; state and noise in the
+        dtype in which `sampling.Stages` takes them."""
+        device, dtype = self._model.device, wide(self._model.dtype)
+        there = observation.map(lambda array: torch.as_tensor(array, device=device))
+        there = dataclasses.replace(there, state=there.state.to(dtype))
+        return there, torch.as_tensor(noise, device=device).to(dtype)
 
     def _finish(self, result: Any) -> Any:
         if self._model.device.type == "cuda":

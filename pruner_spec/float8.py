@@ -2,12 +2,11 @@
 
 from typing import Any
 
-LARGEST = 448  # of float8_e4m3fn: 1.75 * 2^8
 SMALLEST = 1e-30  # a row without a larger value is rounded as if it had one
 
 
 def scale_exponent(bits: Any) -> Any:
-    """The power of two by which a value comes into (LARGEST / 2, LARGEST].
+    """The power of two by which a value comes into (224, 448]; 448, 1.75 * 2^8, is the largest.
 
     Args:
         bits: of a positive float32, at least SMALLEST, as an int32; of any framework.
